@@ -1,0 +1,53 @@
+# Everything a checkout needs, without root: `make` sets up, `make test` checks, `make demo` shows.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# The build backend is pinned by the same file; old and new pip read it from different variables.
+PIP    := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip
+READY  := $(VENV)/.dsv4c-dev
+ORACLE := $(VENV)/.dsv4c-oracle
+DEMO   := build/kjv.dsv4
+
+.PHONY: setup demo test lint oracle bench clean
+.DEFAULT_GOAL := setup
+
+setup: $(READY)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "dsv4c needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot create virtual environments." >&2; \
+	  echo "On Debian and Ubuntu the package python3-venv is missing; or name another Python:" >&2; \
+	  echo "  make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(ORACLE): $(READY)
+	$(PIP) install -q -c constraints.txt -e ".[oracle]"
+	@touch $@
+
+demo: $(READY)
+	@mkdir -p $(dir $(DEMO))
+	$(BIN)/dsv4c compile examples/kjv/checkpoint --target cpu -o $(DEMO)
+	$(BIN)/dsv4c run $(DEMO) --prompt "In the beginning" --max-new-tokens 120 --temperature 0.7 --seed 7
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -q -n 2
+
+oracle: $(ORACLE)
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,20 @@
+"""Copying a module, so that a pass may change it in place while the caller keeps the original."""
+
+from __future__ import annotations
+
+from .graph import Module, Op, Value
+
+
+def clone(module: Module) -> Module:
+    """A deep copy of values and ops; weight expressions are immutable and shared."""
+    copy = Module(module.name, module.level, meta=dict(module.meta))
+    values: dict[Value, Value] = {}
+    for arguments, target in ((module.inputs, copy.inputs), (module.states, copy.states)):
+        for name, value in arguments.items():
+            target[name] = values[value] = Value(value.type, None, name)
+    for op in module.ops:
+        twin = Op(op.definition, [values[v] for v in op.operands], op.attrs, op.loc, op.weight)
+        values.update(zip(op.results, twin.results, strict=True))
+        copy.ops.append(twin)
+    copy.outputs = {name: values[v] for name, v in module.outputs.items()}
+    return copy

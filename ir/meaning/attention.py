@@ -1,0 +1,106 @@
+"""Meanings of the `attention` family (sections 3.6 and 4.1 to 4.3 of the specification)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dsv4c.ir.graph import Op
+
+from .core import Arr, integer, number
+
+
+def rope_angles(op: Op, positions: Arr, frequencies: Arr) -> tuple[Arr, Arr]:
+    angle = positions[:, :, None].astype(np.float32) * frequencies.astype(np.float32)
+    angle = angle.astype(frequencies.dtype)
+    return np.cos(angle), np.sin(angle)
+
+
+def rotary(op: Op, x: Arr, cos: Arr, sin: Arr) -> Arr:
+    if x.ndim == 4:
+        cos, sin = cos[:, :, None], sin[:, :, None]
+    sin = -sin if op.attrs["inverse"] else sin
+    out, width = x.copy(), 2 * cos.shape[-1]
+    even, odd = x[..., -width::2], x[..., x.shape[-1] - width + 1 :: 2]
+    out[..., -width::2] = even * cos - odd * sin
+    out[..., x.shape[-1] - width + 1 :: 2] = even * sin + odd * cos
+    return out
+
+
+def position_bias(op: Op, x: Arr, bias: Arr, pos: Arr) -> Arr:
+    index = (pos[:, None] + np.arange(x.shape[1])) % bias.shape[0]
+    return x + bias[index]
+
+
+def compress(op: Op, kv: Arr, gate: Arr, kv_ring: Arr, gate_ring: Arr, pos: Arr, n_valid: Arr) -> Arr:
+    ratio, overlap = integer(op, "ratio"), bool(op.attrs["overlap"])
+    width = kv.shape[2] // (2 if overlap else 1)
+    out = np.zeros((kv.shape[0], -(-kv.shape[1] // ratio), width), kv.dtype)
+
+    def row(new: Arr, ring: Arr, b: int, p: int) -> Arr:
+        return new[b, p - pos[b]] if p >= pos[b] else ring[b, p % ring.shape[1]]
+
+    for b, (start, count) in enumerate(zip(pos, n_valid, strict=True)):
+        for i, j in enumerate(range(start // ratio, (start + count) // ratio)):
+            current = range(j * ratio, (j + 1) * ratio)
+            half = slice(width, None) if overlap else slice(None)
+            rows = [(row(gate, gate_ring, b, p)[half], row(kv, kv_ring, b, p)[half]) for p in current]
+            if overlap and j > 0:
+                before = range((j - 1) * ratio, j * ratio)
+                rows += [(row(gate, gate_ring, b, p)[:width], row(kv, kv_ring, b, p)[:width]) for p in before]
+            gates, values = np.stack([g for g, _ in rows]), np.stack([v for _, v in rows])
+            weight = np.exp(gates - gates.max(axis=0))
+            out[b, i] = (weight * values).sum(axis=0) / weight.sum(axis=0)
+    return out
+
+
+def _visible(pos: Arr, b: int, t: int, ratio: int) -> int:
+    """How many entries token t of row b may see."""
+    return int((pos[b] + t + 1) // ratio)
+
+
+def index_scores(op: Op, q: Arr, weights: Arr, keys: Arr, pos: Arr, n_valid: Arr) -> Arr:
+    ratio, (b_, t_) = integer(op, "ratio"), q.shape[:2]
+    out = np.full((b_, t_, keys.shape[1]), -np.inf, q.dtype)
+    for b in range(b_):
+        for t in range(n_valid[b]):
+            n = _visible(pos, b, t, ratio)
+            dots = np.maximum(keys[b, :n] @ q[b, t].T, 0)
+            out[b, t, :n] = dots @ weights[b, t]
+    return out
+
+
+def index_topk(op: Op, scores: Arr) -> Arr:
+    k = integer(op, "k")
+    out = np.full((*scores.shape[:2], k), -1, np.int32)
+    order = np.argsort(-scores, axis=-1, kind="stable")[..., :k].astype(np.int32)
+    keep = np.isfinite(np.take_along_axis(scores, order.astype(np.int64), axis=-1))
+    out[..., : order.shape[-1]] = np.where(keep, order, -1)
+    return out
+
+
+def index_select(op: Op, q: Arr, weights: Arr, keys: Arr, pos: Arr, n_valid: Arr) -> Arr:
+    return index_topk(op, index_scores(op, q, weights, keys, pos, n_valid))
+
+
+def attention(
+    op: Op, q: Arr, kv: Arr, ring: Arr, sinks: Arr, pos: Arr, n_valid: Arr,
+    entries: Arr | None = None, selected: Arr | None = None,
+) -> Arr:  # fmt: skip
+    window, ratio = integer(op, "window"), integer(op, "ratio")
+    factor, out = q.dtype.type(number(op, "scale")), np.zeros_like(q)
+    for b in range(q.shape[0]):
+        for t in range(n_valid[b]):
+            here = int(pos[b]) + t
+            spots = range(max(0, here - window + 1), here + 1)
+            rows = [kv[b, p - pos[b]] if p >= pos[b] else ring[b, p % ring.shape[1]] for p in spots]
+            keys = np.stack(rows)
+            if entries is not None:
+                seen = np.arange(_visible(pos, b, t, ratio))
+                if selected is not None:
+                    seen = selected[b, t][selected[b, t] >= 0]
+                keys = np.concatenate([keys, entries[b, seen]])
+            logits = (q[b, t] @ keys.T) * factor
+            top = np.maximum(logits.max(axis=1), sinks)[:, None]
+            p_ = np.exp(logits - top)
+            out[b, t] = (p_ @ keys) / (p_.sum(axis=1, keepdims=True) + np.exp(sinks[:, None] - top))
+    return out

@@ -1,0 +1,91 @@
+"""Meanings of the `core` family. Every function takes the op and its operands, returns its results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dsv4c.ir.graph import Op
+
+Arr = npt.NDArray[Any]
+
+
+def number(op: Op, name: str) -> float:
+    value = op.attrs[name]
+    assert isinstance(value, int | float)
+    return value
+
+
+def integer(op: Op, name: str) -> int:
+    value = op.attrs[name]
+    assert isinstance(value, int)
+    return value
+
+
+def embed(op: Op, tokens: Arr, table: Arr) -> Arr:
+    return table[tokens]
+
+
+def repeat_streams(op: Op, x: Arr) -> Arr:
+    return np.repeat(x[:, :, None], integer(op, "n"), axis=2)
+
+
+def linear(op: Op, x: Arr, w: Arr) -> Arr:
+    return x @ w.T
+
+
+def grouped_linear(op: Op, x: Arr, w: Arr) -> Arr:
+    groups = integer(op, "groups")
+    b, t = x.shape[:2]
+    grouped = x.reshape(b, t, groups, -1)
+    blocks = w.reshape(groups, w.shape[0] // groups, -1)
+    return np.einsum("btgc,grc->btgr", grouped, blocks).reshape(b, t, -1)
+
+
+def unit_norm(op: Op, x: Arr) -> Arr:
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(number(op, "eps")))
+
+
+def rms_norm(op: Op, x: Arr, w: Arr) -> Arr:
+    return unit_norm(op, x) * w
+
+
+def split_heads(op: Op, x: Arr) -> Arr:
+    return x.reshape(*x.shape[:2], integer(op, "heads"), -1)
+
+
+def add(op: Op, a: Arr, b: Arr) -> Arr:
+    return a + b
+
+
+def scale(op: Op, x: Arr) -> Arr:
+    return x * x.dtype.type(number(op, "factor"))
+
+
+def clamp(op: Op, x: Arr) -> Arr:
+    return np.clip(x, number(op, "low"), number(op, "high"))
+
+
+def silu(x: Arr) -> Arr:
+    return x * sigmoid(x)
+
+
+def sigmoid(x: Arr) -> Arr:
+    """1 / (1 + exp(-x)) without overflow."""
+    small = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1 / (1 + small), small / (1 + small))
+
+
+def swiglu(op: Op, gate: Arr, up: Arr) -> Arr:
+    return silu(gate) * up
+
+
+def clamped_swiglu(op: Op, gate: Arr, up: Arr) -> Arr:
+    limit = number(op, "limit")
+    return silu(np.minimum(gate, limit)) * np.clip(up, -limit, limit)
+
+
+def gather_rows(op: Op, x: Arr, rows: Arr) -> Arr:
+    return np.take_along_axis(x, rows[:, :, None].astype(np.int64), axis=1)

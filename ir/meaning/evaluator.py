@@ -1,0 +1,119 @@
+"""Runs a module op by op with the meanings of this package.
+
+`precision` is the NumPy type of every float: float32 computes as the IR says, float64 is the judge
+where rounding must not matter. Weights are evaluated when first needed and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from dsv4c.errors import EvalError
+from dsv4c.ir import weights as lazy
+from dsv4c.ir.dims import Dim
+from dsv4c.ir.graph import Module, Op, Value
+from dsv4c.ir.types import TensorType
+
+from . import attention, core, hyper, moe, state
+from .core import Arr
+
+_FAMILIES = (core, state, attention, hyper, moe)
+
+
+def meaning_of(name: str) -> Callable[..., Arr | tuple[Arr, ...]] | None:
+    """The NumPy function of an op, found by its name."""
+    return next((getattr(f, name) for f in _FAMILIES if hasattr(f, name)), None)
+
+
+@dataclass
+class Step:
+    """What one call gave: named outputs, the new state, and, when asked for, every op's results."""
+
+    outputs: dict[str, Arr]
+    state: dict[str, Arr]
+    trace: dict[Op, tuple[Arr, ...]] = field(default_factory=dict)
+
+
+class Evaluator:
+    """Evaluates a module whose weights come from `store`.
+
+    Args:
+        precision: np.float32 or np.float64.
+    """
+
+    def __init__(
+        self, module: Module, store: lazy.TensorStore, precision: npt.DTypeLike = np.float32
+    ) -> None:
+        self.module, self.store, self.precision = module, store, np.dtype(precision)
+        self._weights: dict[Op, Arr] = {}
+
+    def fresh_state(self, **dims: int) -> dict[str, Arr]:
+        """Zeroed buffers for the given symbols (`B` and `ctx`)."""
+        return {
+            name: np.zeros(v.type.concrete(dims), self._dtype(v.type)) for name, v in self.module.states.items()
+        }
+
+    def __call__(self, inputs: Mapping[str, Arr], state: Mapping[str, Arr], trace: bool = False) -> Step:
+        """One step.
+
+        Raises:
+            EvalError: inputs are missing or disagree with the module's types.
+        """
+        env: dict[str, int] = {}
+        values: dict[Value, Arr] = {}
+        for name, value in self.module.arguments().items():
+            given = {**inputs, **state}.get(name)
+            if given is None:
+                raise EvalError(f"argument {name!r} is missing", where=self.module.name)
+            values[value] = np.asarray(given, self._dtype(value.type))
+            _bind(value.type, values[value].shape, env, name)
+        kept: dict[Op, tuple[Arr, ...]] = {}
+        for op, results in self._run(values):
+            values.update(zip(op.results, results, strict=True))
+            if trace:
+                kept[op] = results
+        outputs = {name: values[v] for name, v in self.module.outputs.items()}
+        new_state = {name: outputs.pop(name) for name in self.module.states}
+        return Step(outputs, new_state, kept)
+
+    def _run(self, values: dict[Value, Arr]) -> Iterator[tuple[Op, tuple[Arr, ...]]]:
+        for op in self.module.ops:
+            if op.weight is not None:
+                yield op, (self._weight(op),)
+                continue
+            function = meaning_of(op.name)
+            assert function is not None, op.name
+            result = function(op, *(values[v] for v in op.operands))
+            results = result if isinstance(result, tuple) else (result,)
+            yield op, tuple(self._round(r, v.type) for r, v in zip(results, op.results, strict=True))
+
+    def _weight(self, op: Op) -> Arr:
+        if op not in self._weights:
+            assert op.weight is not None
+            array = lazy.values(op.weight, self.store)
+            self._weights[op] = array.astype(self.precision) if op.weight.dtype.is_float else array
+        return self._weights[op]
+
+    def _dtype(self, type_: TensorType) -> np.dtype[np.generic]:
+        return self.precision if type_.dtype.is_float else type_.dtype.storage
+
+    def _round(self, array: Arr, type_: TensorType) -> Arr:
+        return array.astype(self._dtype(type_), copy=False)
+
+
+def _bind(type_: TensorType, shape: tuple[int, ...], env: dict[str, int], name: str) -> None:
+    """Read symbols off an argument's shape; complain where it cannot fit."""
+    if len(shape) != type_.rank:
+        raise EvalError(f"argument {name!r} has shape {list(shape)}", allowed=str(type_))
+    for dim, size in zip(type_.shape, shape, strict=True):
+        fixed = dim if isinstance(dim, int) else env.setdefault(dim.name, size) if dim.op == "sym" else size
+        if fixed != size:
+            raise EvalError(f"argument {name!r} has shape {list(shape)}", allowed=_spell(type_.shape, env))
+
+
+def _spell(shape: tuple[Dim | int, ...], env: Mapping[str, int]) -> str:
+    return "[" + ", ".join(f"{d}={env[str(d)]}" if str(d) in env else str(d) for d in shape) + "]"

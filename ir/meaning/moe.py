@@ -1,0 +1,66 @@
+"""Meanings of the router and expert ops (section 4.4)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dsv4c.ir.graph import Op
+
+from .core import Arr, clamped_swiglu, integer, number
+
+
+def sqrt_softplus(op: Op, x: Arr) -> Arr:
+    return np.sqrt(np.logaddexp(x, 0).astype(x.dtype))
+
+
+def route_topk(op: Op, scores: Arr, bias: Arr) -> Arr:
+    order = np.argsort(-(scores + bias), axis=-1, kind="stable")
+    return order[..., : integer(op, "k")].astype(np.int32)
+
+
+def route_hash(op: Op, tokens: Arr, table: Arr) -> Arr:
+    return table[tokens].astype(np.int32)
+
+
+def route_weights(op: Op, scores: Arr, ids: Arr) -> Arr:
+    chosen = np.take_along_axis(scores, ids.astype(np.int64), axis=-1)
+    total = chosen.sum(axis=-1, keepdims=True) + scores.dtype.type(number(op, "eps"))
+    return chosen / total * scores.dtype.type(number(op, "factor"))
+
+
+def _routes(ids: Arr, n_valid: Arr, expert: int) -> tuple[Arr, Arr, Arr]:
+    """Row, token and slot of everything routed to `expert`, in token order; padding left out."""
+    real = np.arange(ids.shape[1])[None, :, None] < n_valid[:, None, None]
+    found = np.nonzero((ids == expert) & real)
+    return found[0], found[1], found[2]
+
+
+def dispatch(op: Op, x: Arr, ids: Arr, weights: Arr, n_valid: Arr) -> tuple[Arr, ...]:
+    out: list[Arr] = []
+    for expert in range(integer(op, "experts")):
+        b, t, slot = _routes(ids, n_valid, expert)
+        out += [x[b, t], weights[b, t, slot]]
+    return tuple(out)
+
+
+def scale_rows(op: Op, x: Arr, weights: Arr) -> Arr:
+    return x * weights[:, None]
+
+
+def combine(op: Op, ids: Arr, n_valid: Arr, *ys: Arr) -> Arr:
+    out = np.zeros((*ids.shape[:2], ys[0].shape[1]), ys[0].dtype)
+    for expert, y in enumerate(ys):
+        b, t, _ = _routes(ids, n_valid, expert)
+        np.add.at(out, (b, t), y)
+    return out
+
+
+def expert_mlp(op: Op, x: Arr, ids: Arr, weights: Arr, n_valid: Arr, w13: Arr, w2: Arr) -> Arr:
+    out, inner = np.zeros_like(x), w2.shape[2]
+    for expert in range(w13.shape[0]):
+        b, t, slot = _routes(ids, n_valid, expert)
+        if len(b):
+            both = x[b, t] @ w13[expert].T
+            hidden = clamped_swiglu(op, both[:, :inner], both[:, inner:]) * weights[b, t, slot][:, None]
+            np.add.at(out, (b, t), hidden @ w2[expert].T)
+    return out

@@ -1,0 +1,96 @@
+"""Attention ops: rotary, compressor, indexer, sparse attention with sink (sections 3.6, 4.1 to 4.3)."""
+
+from __future__ import annotations
+
+from dsv4c.ir.attrs import AttrKind
+from dsv4c.ir.opdef import AttrDef, OpDef, Signature, static
+from dsv4c.ir.types import TensorType, f32, i32
+
+from .state import RATIO, closed_groups
+
+Types = tuple[TensorType, ...]
+
+
+def _rope_angles(sig: Signature) -> Types:
+    b, n = sig.shape(0, 2)
+    (half,) = sig.shape(1, 1)
+    return f32(b, n, half), f32(b, n, half)
+
+
+def _rotary(sig: Signature) -> Types:
+    x, cos = sig.shape(0), sig.shape(1, 3)
+    if len(x) not in (3, 4) or sig.shape(2) != cos or x[:2] != cos[:2]:
+        sig.fail(f"needs x [B,N,(H,)D] and cos, sin [B,N,R/2], got {sig.type(0)}, {sig.type(1)}, {sig.type(2)}")
+    if 2 * static(sig, cos[2], "rotary width") > static(sig, x[-1], "head width"):
+        sig.fail(f"rotates {cos[2]} pairs in only {x[-1]} channels")
+    return (f32(*x),)
+
+
+def _position_bias(sig: Signature) -> Types:
+    sig.equal(sig.shape(0, 3)[2], sig.shape(1, 2)[1], "the channels of x and bias")
+    return (f32(*sig.shape(0)),)
+
+
+def _compress(sig: Signature) -> Types:
+    b, t, c = sig.shape(0, 3)
+    ratio, overlap = sig.int("ratio"), bool(sig.attrs["overlap"])
+    for index in (1, 2, 3):
+        sig.equal(sig.shape(index, 3)[2], c, "the channels of kv, gate and their rings")
+    sig.equal(sig.shape(2)[1], ratio * (2 if overlap else 1), "the ring's rows and the group")
+    return (f32(b, closed_groups(t, ratio), static(sig, c, "channel count") // (2 if overlap else 1)),)
+
+
+def _index_scores(sig: Signature) -> Types:
+    b, t, h, d = sig.shape(0, 4)
+    sig.equal(sig.shape(1, 3)[2], h, "the index heads of q and weights")
+    _, capacity, width = sig.shape(2, 3)
+    sig.equal(width, d, "the width of index queries and keys")
+    return (f32(b, t, capacity),)
+
+
+def _index_topk(sig: Signature) -> Types:
+    return (i32(*sig.shape(0, 3)[:2], sig.int("k")),)
+
+
+def _index_select(sig: Signature) -> Types:
+    b, t, _ = _index_scores(sig)[0].shape
+    return (i32(b, t, sig.int("k")),)
+
+
+def _attention(sig: Signature) -> Types:
+    b, t, h, d = sig.shape(0, 4)
+    if sig.shape(1, 3) != (b, t, d):
+        sig.fail(f"needs kv [B,T,D] to fit q, got {sig.type(1)}")
+    sig.equal(sig.shape(2, 3)[2], d, "the width of q and ring")
+    sig.equal(sig.shape(3, 1)[0], h, "the heads of q and sinks")
+    if len(sig.types) > 6:
+        sig.equal(sig.shape(6, 3)[2], d, "the width of q and entries")
+    if len(sig.types) > 7:
+        sig.equal(sig.shape(7, 3)[1], t, "the tokens of q and selected")
+    return (f32(b, t, h, d),)
+
+
+_K = AttrDef("k", AttrKind.INT)
+
+ATTENTION: tuple[OpDef, ...] = (
+    OpDef("rope_angles", ("positions", "frequencies"), _rope_angles, source="3.6",
+          doc="cos and sin of position x frequency; the product rounds to FP32."),
+    OpDef("rotary", ("x", "cos", "sin"), _rotary, (AttrDef("inverse", AttrKind.BOOL, False),), source="3.6",
+          doc="Rotate adjacent pairs of the last R channels; `inverse` by the negative angle."),
+    OpDef("position_bias", ("x", "bias", "pos"), _position_bias, source="4.2", doc="x + bias[(pos + t) mod ratio]."),
+    OpDef("compress", ("kv", "gate", "kv_ring", "gate_ring", "pos", "n_valid"), _compress,
+          (RATIO, AttrDef("overlap", AttrKind.BOOL)), source="4.2",
+          doc="Entries of the groups this call closes: per channel a softmax over the group's gates weighs its kv;"
+              " with overlap the previous group joins by its first half of channels. Rows beyond the closed are 0."),
+    OpDef("index_scores", ("q", "weights", "keys", "pos", "n_valid"), _index_scores, (RATIO,), source="4.3",
+          doc="sum_h relu(q_h k_j) w_h; -inf for entries not yet visible to the token."),
+    OpDef("index_topk", ("scores",), _index_topk, (_K,), source="4.3",
+          doc="Entry ids of the k highest finite scores, ties to the lower id; missing ones are -1."),
+    OpDef("index_select", ("q", "weights", "keys", "pos", "n_valid"), _index_select, (RATIO, _K), source="4.3",
+          doc="index_topk of index_scores, without the scores in memory."),
+    OpDef("attention", ("q", "kv", "ring", "sinks", "pos", "n_valid", "entries?", "selected?"), _attention,
+          (AttrDef("scale", AttrKind.FLOAT), AttrDef("window", AttrKind.INT), AttrDef("ratio", AttrKind.INT, 0)),
+          source="4.1 steps 3 and 4",
+          doc="Softmax with a per-head sink over the window (ring and this call's kv) and the visible entries"
+              " (all of them, or the selected)."),
+)  # fmt: skip

@@ -1,0 +1,91 @@
+"""Ops every transformer has: weights, embedding, linear maps, norms, element-wise."""
+
+from __future__ import annotations
+
+from dsv4c.ir.attrs import AttrKind
+from dsv4c.ir.opdef import AttrDef, OpDef, Signature, static
+from dsv4c.ir.types import TensorType, f32
+
+Types = tuple[TensorType, ...]
+
+
+def _weight(sig: Signature) -> Types:
+    raise AssertionError("a weight's type is its expression's")
+
+
+def _embed(sig: Signature) -> Types:
+    return (f32(*sig.shape(0, 2), sig.shape(1, 2)[1]),)
+
+
+def _repeat_streams(sig: Signature) -> Types:
+    b, t, d = sig.shape(0, 3)
+    return (f32(b, t, sig.int("n"), d),)
+
+
+def _linear(sig: Signature) -> Types:
+    n, k = sig.shape(1, 2)
+    x = sig.shape(0)
+    sig.equal(x[-1], k, "the input width and the weight's columns")
+    return (f32(*x[:-1], n),)
+
+
+def _grouped_linear(sig: Signature) -> Types:
+    b, t, h, d = sig.shape(0, 4)
+    n, k = (static(sig, s, "weight shape") for s in sig.shape(1, 2))
+    groups = sig.int("groups")
+    if n % groups or static(sig, h, "head count") * static(sig, d, "head width") != groups * k:
+        sig.fail(f"cannot split {h} x {d} channels over {groups} groups of {k} columns")
+    return (f32(b, t, n),)
+
+
+def _norm(sig: Signature) -> Types:
+    x = sig.shape(0)
+    sig.equal(x[-1], sig.shape(1, 1)[0], "the input width and the norm's weight")
+    return (f32(*x),)
+
+
+def _same(sig: Signature) -> Types:
+    return (f32(*sig.shape(0)),)
+
+
+def _binary(sig: Signature) -> Types:
+    if sig.shape(0) != sig.shape(1):
+        sig.fail(f"needs equal shapes, got {sig.type(0)} and {sig.type(1)}")
+    return (f32(*sig.shape(0)),)
+
+
+def _split_heads(sig: Signature) -> Types:
+    b, t, c = sig.shape(0, 3)
+    width, heads = static(sig, c, "channel count"), sig.int("heads")
+    if width % heads:
+        sig.fail(f"cannot split {width} channels into {heads} heads")
+    return (f32(b, t, heads, width // heads),)
+
+
+def _gather_rows(sig: Signature) -> Types:
+    b, _, d = sig.shape(0, 3)
+    return (f32(b, sig.shape(1, 2)[1], d),)
+
+
+_EPS = AttrDef("eps", AttrKind.FLOAT)
+
+CORE: tuple[OpDef, ...] = (
+    OpDef("weight", (), _weight, doc="A lazy weight; its expression names the checkpoint tensors."),
+    OpDef("embed", ("tokens", "table"), _embed, source="4 Embedding", doc="Row `table[token]` of each token."),
+    OpDef("repeat_streams", ("x",), _repeat_streams, (AttrDef("n", AttrKind.INT),), source="4 Embedding",
+          doc="The same row in each of `n` residual streams."),
+    OpDef("linear", ("x", "w"), _linear, source="3.4", doc="x w^T, w [N, K]; FP32 accumulation."),
+    OpDef("grouped_linear", ("x", "w"), _grouped_linear, (AttrDef("groups", AttrKind.INT),), source="4.1 step 6",
+          doc="Consecutive heads form groups; group g is multiplied by its own row block of w."),
+    OpDef("rms_norm", ("x", "w"), _norm, (_EPS,), source="3.5", doc="x (mean(x^2) + eps)^-1/2 w over the last axis."),
+    OpDef("unit_norm", ("x",), _same, (_EPS,), source="4.1 step 1", doc="rms_norm without a weight."),
+    OpDef("split_heads", ("x",), _split_heads, (AttrDef("heads", AttrKind.INT),), doc="[B,T,H*D] as [B,T,H,D]."),
+    OpDef("add", ("a", "b"), _binary, doc="a + b."),
+    OpDef("scale", ("x",), _same, (AttrDef("factor", AttrKind.FLOAT),), doc="x times a constant."),
+    OpDef("clamp", ("x",), _same, (AttrDef("low", AttrKind.FLOAT), AttrDef("high", AttrKind.FLOAT)),
+          source="4.4", doc="min(max(x, low), high)."),
+    OpDef("swiglu", ("gate", "up"), _binary, source="4.4", doc="silu(gate) up."),
+    OpDef("clamped_swiglu", ("gate", "up"), _binary, (AttrDef("limit", AttrKind.FLOAT),), source="4.4",
+          doc="silu(min(gate, limit)) clamp(up, -limit, limit)."),
+    OpDef("gather_rows", ("x", "rows"), _gather_rows, doc="x[b, rows[b, l]]: the positions whose logits are asked for."),
+)  # fmt: skip

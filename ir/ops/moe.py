@@ -1,0 +1,82 @@
+"""Router, dispatch, combine, and the fused expert MLP (section 4.4).
+
+`dispatch` gives each expert its rows as a tensor of its own; how many is known only at run time, so
+each has its own symbolic dimension ``<label>.<expert>``.
+"""
+
+from __future__ import annotations
+
+from dsv4c.ir.attrs import AttrKind
+from dsv4c.ir.dims import sym
+from dsv4c.ir.opdef import AttrDef, OpDef, Signature, static
+from dsv4c.ir.types import TensorType, f32, i32
+
+Types = tuple[TensorType, ...]
+
+
+def _same(sig: Signature) -> Types:
+    return (f32(*sig.shape(0)),)
+
+
+def _route_topk(sig: Signature) -> Types:
+    b, t, e = sig.shape(0, 3)
+    sig.equal(sig.shape(1, 1)[0], e, "the experts of scores and bias")
+    if sig.int("k") > static(sig, e, "expert count"):
+        sig.fail(f"cannot choose {sig.int('k')} of {e} experts")
+    return (i32(b, t, sig.int("k")),)
+
+
+def _route_hash(sig: Signature) -> Types:
+    return (i32(*sig.shape(0, 2), sig.shape(1, 2)[1]),)
+
+
+def _route_weights(sig: Signature) -> Types:
+    return (f32(*sig.shape(1, 3)),)
+
+
+def _dispatch(sig: Signature) -> Types:
+    _, _, d = sig.shape(0, 3)
+    out: list[TensorType] = []
+    for expert in range(sig.int("experts")):
+        rows = sym(f"{sig.attrs['label']}.{expert}")
+        out += [f32(rows, d), f32(rows)]
+    return tuple(out)
+
+
+def _scale_rows(sig: Signature) -> Types:
+    sig.equal(sig.shape(0, 2)[0], sig.shape(1, 1)[0], "the rows of x and weights")
+    return (f32(*sig.shape(0)),)
+
+
+def _combine(sig: Signature) -> Types:
+    b, t, _ = sig.shape(0, 3)
+    return (f32(b, t, sig.shape(2, 2)[1]),)
+
+
+def _expert_mlp(sig: Signature) -> Types:
+    b, t, d = sig.shape(0, 3)
+    e, i2, k = sig.shape(4, 3)
+    sig.equal(k, d, "the width of x and w13")
+    if sig.shape(5, 3) != (e, d, static(sig, i2, "expert width") // 2):
+        sig.fail(f"needs w2 [E,d,I], got {sig.type(5)}")
+    return (f32(b, t, d),)
+
+
+MOE: tuple[OpDef, ...] = (
+    OpDef("sqrt_softplus", ("x",), _same, source="4.4", doc="sqrt(log(1 + exp(x)))."),
+    OpDef("route_topk", ("scores", "bias"), _route_topk, (AttrDef("k", AttrKind.INT),), source="4.4",
+          doc="Ids of the k largest of scores + bias, ties to the lower id."),
+    OpDef("route_hash", ("tokens", "table"), _route_hash, source="4.4", doc="table[token]."),
+    OpDef("route_weights", ("scores", "ids"), _route_weights,
+          (AttrDef("factor", AttrKind.FLOAT), AttrDef("eps", AttrKind.FLOAT)), source="4.4",
+          doc="factor s_e / (sum of the chosen s + eps)."),
+    OpDef("dispatch", ("x", "ids", "weights", "n_valid"), _dispatch,
+          (AttrDef("experts", AttrKind.INT), AttrDef("label", AttrKind.STR)), source="4.4",
+          doc="Per expert the rows of x that chose it and their routing weights, in token order; padding is dropped."),
+    OpDef("scale_rows", ("x", "weights"), _scale_rows, source="4.4", doc="Row i of x times weights[i]."),
+    OpDef("combine", ("ids", "n_valid", "ys*"), _combine, source="4.4",
+          doc="The inverse of dispatch: per token the sum of its experts' rows, ascending expert; padding gets 0."),
+    OpDef("expert_mlp", ("x", "ids", "weights", "n_valid", "w13", "w2"), _expert_mlp,
+          (AttrDef("limit", AttrKind.FLOAT),), source="4.4",
+          doc="dispatch, every expert's clamped SwiGLU MLP with the routing weight before w2, and combine, in one."),
+)  # fmt: skip

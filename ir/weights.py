@@ -1,0 +1,282 @@
+"""Lazy weights: expressions over checkpoint tensors that passes edit and emission evaluates.
+
+An expression knows its dtype and shape without reading a byte. `materialise` reads and transforms;
+`stream` does the same one leading slice at a time, so that memory stays bounded by one expert and
+not by a layer of them. Knows nothing of files: bytes come from a `TensorStore`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import numpy as np
+
+from dsv4c.errors import CompileError, IRError
+
+from .attrs import Attr
+from .dtypes import Array, DType, F32Array, decode, f32_to_bf16
+
+
+class TensorStore(Protocol):
+    """Where the bytes of `source` expressions come from."""
+
+    def read(self, name: str) -> Array:
+        """The raw storage of a checkpoint tensor (BF16 as uint16, FP8 and packed FP4 as uint8), read-only."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class WeightExpr:
+    """One node of a lazy weight: an operation of `WEIGHT_OPS`, its operands and attributes.
+
+    Attributes:
+        op: a key of `WEIGHT_OPS`.
+        args: operand expressions.
+        attrs: attribute name -> value, in declaration order.
+        dtype, shape: of the result; shapes of packed FP4 count bytes.
+    """
+
+    op: str
+    args: tuple[WeightExpr, ...]
+    attrs: tuple[tuple[str, Attr], ...]
+    dtype: DType
+    shape: tuple[int, ...]
+
+    def attr(self, name: str) -> Attr:
+        return dict(self.attrs)[name]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def sources(self) -> Iterator[WeightExpr]:
+        """Every `source` leaf, left to right."""
+        if self.op == "source":
+            yield self
+        for arg in self.args:
+            yield from arg.sources()
+
+    def same(self, other: WeightExpr) -> bool:
+        """Structural equality."""
+        return (self.op, self.attrs, self.dtype, self.shape, len(self.args)) == (
+            other.op, other.attrs, other.dtype, other.shape, len(other.args),
+        ) and all(a.same(b) for a, b in zip(self.args, other.args, strict=True))  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ constructors
+
+
+def source(name: str, dtype: DType, shape: tuple[int, ...]) -> WeightExpr:
+    """A tensor as it lies in the checkpoint."""
+    return WeightExpr("source", (), (("name", name), ("dtype", dtype), ("shape", tuple(shape))), dtype, tuple(shape))
+
+
+def decode_fp8(codes: WeightExpr, scale: WeightExpr, block: tuple[int, int]) -> WeightExpr:
+    """[o, i] E4M3 with one scale per `block` tile (the last tiles may be ragged) -> f32 [o, i]."""
+    _expect(len(codes.shape) == 2, "decode_fp8 takes a matrix", codes)
+    tiles = (-(-codes.shape[0] // block[0]), -(-codes.shape[1] // block[1]))
+    _expect(scale.shape == tiles, f"decode_fp8 needs a scale of shape {list(tiles)}", scale)
+    return WeightExpr("decode_fp8", (codes, scale), (("block", block),), DType.F32, codes.shape)
+
+
+def decode_fp4(codes: WeightExpr, scale: WeightExpr) -> WeightExpr:
+    """[o, i/2] packed E2M1 with one scale per row and 32 columns -> f32 [o, i]."""
+    rows, cols = codes.shape[0], 2 * codes.shape[1]
+    _expect(scale.shape == (rows, -(-cols // 32)), f"decode_fp4 needs a scale of [{rows}, {-(-cols // 32)}]", scale)
+    return WeightExpr("decode_fp4", (codes, scale), (), DType.F32, (rows, cols))
+
+
+def cast(x: WeightExpr, dtype: DType) -> WeightExpr:
+    """A change of element type that must not change a value; checked when the bytes are made."""
+    return x if x.dtype is dtype else WeightExpr("cast", (x,), (("dtype", dtype),), dtype, x.shape)
+
+
+def take(x: WeightExpr, index: int) -> WeightExpr:
+    """Entry `index` of the leading axis."""
+    _expect(0 <= index < x.shape[0], f"take {index} is out of range", x)
+    return WeightExpr("take", (x,), (("index", index),), x.dtype, x.shape[1:])
+
+
+def rows(x: WeightExpr, start: int, stop: int) -> WeightExpr:
+    """Rows start..stop-1 of the leading axis."""
+    _expect(0 <= start < stop <= x.shape[0], f"rows {start}:{stop} are out of range", x)
+    return WeightExpr("rows", (x,), (("start", start), ("stop", stop)), x.dtype, (stop - start, *x.shape[1:]))
+
+
+def concat(xs: tuple[WeightExpr, ...]) -> WeightExpr:
+    """Join along the leading axis."""
+    first = xs[0]
+    for x in xs:
+        _expect(x.shape[1:] == first.shape[1:] and x.dtype is first.dtype, "concat needs equal row shapes", x)
+    return WeightExpr("concat", xs, (), first.dtype, (sum(x.shape[0] for x in xs), *first.shape[1:]))
+
+
+def stack(xs: tuple[WeightExpr, ...]) -> WeightExpr:
+    """A new leading axis over equal tensors."""
+    first = xs[0]
+    for x in xs:
+        _expect(x.shape == first.shape and x.dtype is first.dtype, "stack needs equal tensors", x)
+    return WeightExpr("stack", xs, (), first.dtype, (len(xs), *first.shape))
+
+
+def transpose(x: WeightExpr) -> WeightExpr:
+    """Swap the last two axes."""
+    _expect(len(x.shape) >= 2, "transpose needs a matrix", x)
+    return WeightExpr("transpose", (x,), (), x.dtype, (*x.shape[:-2], x.shape[-1], x.shape[-2]))
+
+
+def reshape(x: WeightExpr, shape: tuple[int, ...]) -> WeightExpr:
+    _expect(prod(shape) == prod(x.shape), f"reshape to {list(shape)} changes the element count", x)
+    return x if shape == x.shape else WeightExpr("reshape", (x,), (("shape", tuple(shape)),), x.dtype, tuple(shape))
+
+
+def panel(x: WeightExpr, width: int) -> WeightExpr:
+    """[n, k] -> [ceil(n/width), k, width]: panels of `width` output rows, k-major, zero-padded."""
+    _expect(len(x.shape) == 2, "panel takes a matrix", x)
+    n, k = x.shape
+    return WeightExpr("panel", (x,), (("width", width),), x.dtype, (-(-n // width), k, width))
+
+
+def rope_frequencies(
+    dim: int, theta: float, factor: float = 1.0, original: int = 0, beta_fast: float = 32.0, beta_slow: float = 1.0
+) -> WeightExpr:
+    """[dim/2] f32 rotary frequencies, with YaRN when `original` > 0 (specification, section 3.6)."""
+    attrs = (("dim", dim), ("theta", float(theta)), ("factor", float(factor)), ("original", original),
+             ("beta_fast", float(beta_fast)), ("beta_slow", float(beta_slow)))  # fmt: skip
+    return WeightExpr("rope_frequencies", (), attrs, DType.F32, (dim // 2,))
+
+
+def _expect(ok: bool, what: str, x: WeightExpr) -> None:
+    if not ok:
+        raise IRError(f"{what}, got {x.dtype.value}{list(x.shape)}", where=describe(x))
+
+
+def describe(x: WeightExpr) -> str:
+    """A short name for messages: the first checkpoint tensor below, or the operation."""
+    return next((str(s.attr("name")) for s in x.sources()), x.op)
+
+
+# -------------------------------------------------------------------------------- evaluation
+
+
+def _decode_fp8(x: WeightExpr, args: list[Array]) -> Array:
+    block = x.attr("block")
+    assert isinstance(block, tuple)
+    values = decode(args[0], x.args[0].dtype)
+    scale = decode(args[1], x.args[1].dtype)
+    out = np.empty(x.shape, np.float32)
+    for i in range(scale.shape[0]):  # one band of tiles at a time keeps the temporaries small
+        band = slice(i * int(block[0]), (i + 1) * int(block[0]))
+        columns = np.repeat(scale[i], int(block[1]))[: x.shape[1]]
+        out[band] = values[band] * columns
+    return out
+
+
+def _decode_fp4(x: WeightExpr, args: list[Array]) -> Array:
+    values = decode(args[0], DType.F4E2M1X2)
+    scale = decode(args[1], x.args[1].dtype)
+    return np.asarray(values * np.repeat(scale, 32, axis=1)[:, : x.shape[1]])
+
+
+def _cast(x: WeightExpr, args: list[Array]) -> Array:
+    source_dtype, values = x.args[0].dtype, decode(args[0], x.args[0].dtype)
+    if x.dtype is DType.F32:
+        return values.astype(np.float32)
+    if x.dtype is DType.BF16:
+        bits = f32_to_bf16(values)
+        exact = np.array_equal(decode(bits, DType.BF16), values, equal_nan=True)
+        out: Array = bits
+    else:
+        out = values.astype(x.dtype.storage)
+        exact = np.array_equal(out, values)
+    if not exact:
+        raise CompileError(
+            f"values of {source_dtype.value} do not fit {x.dtype.value} exactly", where=describe(x),
+            hint="compile with --weights f32",
+        )  # fmt: skip
+    return out
+
+
+def _panel(x: WeightExpr, args: list[Array]) -> Array:
+    blocks, k, width = x.shape
+    padded = np.zeros((blocks * width, k), args[0].dtype)
+    padded[: args[0].shape[0]] = args[0]
+    return np.ascontiguousarray(padded.reshape(blocks, width, k).transpose(0, 2, 1))
+
+
+def _rope_frequencies(x: WeightExpr, _: list[Array]) -> Array:
+    dim, theta, factor, original, fast, slow = (v for _, v in x.attrs)
+    return rope_table(int(dim), float(theta), float(factor), int(original), float(fast), float(slow))  # type: ignore[arg-type]
+
+
+def rope_table(dim: int, theta: float, factor: float, original: int, fast: float, slow: float) -> F32Array:
+    """[dim/2] float32, every step rounded to FP32 as the reference does (section 3.6)."""
+    f32 = np.float32
+    exponent = np.arange(0, dim, 2, dtype=np.float32) / f32(dim)
+    base = (f32(1) / np.power(f32(theta), exponent)).astype(np.float32)
+    if original <= 0 or factor == 1.0:
+        return base
+
+    def corner(turns: float) -> float:
+        return float(dim * np.log(original / (turns * 2 * np.pi)) / (2 * np.log(theta)))
+
+    low, high = max(np.floor(corner(fast)), 0), min(np.ceil(corner(slow)), dim - 1)
+    span = f32(high - low) if high != low else f32(0.001)
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - f32(low)) / span, 0, 1).astype(np.float32)
+    keep = f32(1) - ramp
+    return np.asarray(base / f32(factor) * (f32(1) - keep) + base * keep, np.float32)
+
+
+def _int(x: WeightExpr, name: str) -> int:
+    value = x.attr(name)
+    assert isinstance(value, int)
+    return value
+
+
+_Evaluate = Callable[[WeightExpr, list[Array]], Array]
+WEIGHT_OPS: dict[str, _Evaluate | None] = {
+    "source": None,
+    "decode_fp8": _decode_fp8,
+    "decode_fp4": _decode_fp4,
+    "cast": _cast,
+    "take": lambda x, a: a[0][_int(x, "index")],
+    "rows": lambda x, a: a[0][_int(x, "start") : _int(x, "stop")],
+    "concat": lambda x, a: np.concatenate(a),
+    "stack": lambda x, a: np.stack(a),
+    "transpose": lambda x, a: np.swapaxes(a[0], -1, -2),
+    "reshape": lambda x, a: a[0].reshape(x.shape),
+    "panel": _panel,
+    "rope_frequencies": _rope_frequencies,
+}
+"""Every weight operation and how it is evaluated on raw storage arrays."""
+
+
+def materialise(x: WeightExpr, store: TensorStore) -> Array:
+    """The raw storage of an expression, shape `x.shape`, dtype `x.dtype.storage`.
+
+    Raises:
+        CompileError: a cast would change a value.
+        CheckpointError: the store cannot give a source.
+    """
+    if x.op == "source":
+        return store.read(str(x.attr("name")))
+    evaluate = WEIGHT_OPS[x.op]
+    assert evaluate is not None
+    return np.asarray(evaluate(x, [materialise(a, store) for a in x.args]))
+
+
+def stream(x: WeightExpr, store: TensorStore) -> Iterator[Array]:
+    """`materialise` in C-contiguous pieces whose bytes, joined, are those of the whole."""
+    if x.op in ("stack", "concat"):
+        for arg in x.args:
+            yield from stream(arg, store)
+    else:
+        yield np.ascontiguousarray(materialise(x, store))
+
+
+def values(x: WeightExpr, store: TensorStore) -> Array:
+    """The expression as float32 numbers (integers stay integers)."""
+    return decode(materialise(x, store), x.dtype)
