@@ -96,11 +96,11 @@ def open_checkpoint(path: str | Path, *, scan: bool = True) -> Checkpoint:
     """Open and validate a checkpoint directory.
 
     Names, shapes and number formats are always checked. With `scan` the values of all scales, of all small
-    parameters and of the hash tables are checked too, which reads about 3 % of a released checkpoint.
+    parameters and of the hash tables are checked too, which reads about 6 % of a released checkpoint.
 
     Raises:
         ConfigError: config.json is not that of a supported model.
-        CheckpointError: a file is damaged, or tensors are missing, unknown, misshaped, mistyped or not finite.
+        CheckpointError: a file is damaged, or tensors are missing, unknown, misshaped, mistyped, not finite.
     """
     root = Path(path)
     config = load_config(root)
@@ -199,7 +199,7 @@ def _check_scale(
     elif found.shape != (shape := _stored(origins[scale], tiles, config.n_routed_experts)):
         yield f"{who} is {found} (allowed: {found.stored}{list(shape)})"
     elif origins[scale].half is not Half.ALL and raw.dtype is DType.F8E4M3 and spec.shape[0] % block[0]:
-        yield f"{who}: a scale tile spans gate and up (allowed: moe_intermediate_size a multiple of {block[0]})"
+        yield f"{who}: a tile spans gate and up (allowed: moe_intermediate_size a multiple of {block[0]})"
 
 
 def _stored(origin: Origin, part: tuple[int, ...], experts: int) -> tuple[int, ...]:

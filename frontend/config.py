@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import enum
-import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -339,7 +339,7 @@ def _yarn(keys: _Keys) -> Yarn | None:
     """The scaling one rotary dictionary describes; an empty one describes none."""
     for extra in keys.raw.keys() - _ROPE_KEYS:
         raise keys.unknown(extra, _ROPE_KEYS)
-    kind = keys.choice("rope_type", ("default", "yarn"), keys.raw.get("type", "default"))
+    kind = keys.choice("rope_type" if "rope_type" in keys.raw else "type", ("default", "yarn"), "default")
     if kind != "yarn":
         return None
     if keys.raw.get("attention_factor", 1.0) not in (1, None):
@@ -402,7 +402,7 @@ _REQUIRED: object = object()
 
 def _is_number(value: object) -> bool:
     """A finite JSON number that a float can hold."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True)

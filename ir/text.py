@@ -58,7 +58,7 @@ def print_module(module: Module) -> str:
 _CONSTRUCTORS: dict[str, Callable[..., WeightExpr]] = {
     "source": w.source, "decode_fp8": w.decode_fp8, "decode_fp4": w.decode_fp4, "cast": w.cast, "take": w.take,
     "rows": w.rows, "concat": lambda *xs: w.concat(xs), "stack": lambda *xs: w.stack(xs), "transpose": w.transpose,
-    "reshape": w.reshape, "panel": w.panel, "rope_frequencies": w.rope_frequencies,
+    "reshape": w.reshape, "panel": w.panel, "pair_rows": w.pair_rows, "rope_frequencies": w.rope_frequencies,
 }  # fmt: skip
 
 

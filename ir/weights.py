@@ -140,6 +140,16 @@ def panel(x: WeightExpr, width: int) -> WeightExpr:
     return WeightExpr("panel", (x,), (("width", width),), x.dtype, (-(-n // width), k, width))
 
 
+def pair_rows(x: WeightExpr, width: int) -> WeightExpr:
+    """[2i, k] -> [2 ceil(i/width) width, k]: blocks of `width` rows of the first and second half in turn.
+
+    Both halves are zero-padded to whole blocks. It puts the gate and up rows of an MLP side by side.
+    """
+    _expect(len(x.shape) == 2 and x.shape[0] % 2 == 0, "pair_rows takes a matrix of two halves", x)
+    blocks = -(-(x.shape[0] // 2) // width)
+    return WeightExpr("pair_rows", (x,), (("width", width),), x.dtype, (2 * blocks * width, x.shape[1]))
+
+
 def rope_frequencies(
     dim: int, theta: float, factor: float = 1.0, original: int = 0, beta_fast: float = 32.0, beta_slow: float = 1.0
 ) -> WeightExpr:
@@ -207,6 +217,14 @@ def _panel(x: WeightExpr, args: list[Array]) -> Array:
     return np.ascontiguousarray(padded.reshape(blocks, width, k).transpose(0, 2, 1))
 
 
+def _pair_rows(x: WeightExpr, args: list[Array]) -> Array:
+    width, (count, k) = _int(x, "width"), x.shape
+    half = args[0].shape[0] // 2
+    out = np.zeros((2, count // 2, k), args[0].dtype)
+    out[0, :half], out[1, :half] = args[0][:half], args[0][half:]
+    return out.reshape(2, -1, width, k).transpose(1, 0, 2, 3).reshape(count, k)
+
+
 def _rope_frequencies(x: WeightExpr, _: list[Array]) -> Array:
     dim, theta, factor, original, fast, slow = (v for _, v in x.attrs)
     return rope_table(int(dim), float(theta), float(factor), int(original), float(fast), float(slow))  # type: ignore[arg-type]
@@ -249,6 +267,7 @@ WEIGHT_OPS: dict[str, _Evaluate | None] = {
     "transpose": lambda x, a: np.swapaxes(a[0], -1, -2),
     "reshape": lambda x, a: a[0].reshape(x.shape),
     "panel": _panel,
+    "pair_rows": _pair_rows,
     "rope_frequencies": _rope_frequencies,
 }
 """Every weight operation and how it is evaluated on raw storage arrays."""

@@ -1,0 +1,60 @@
+"""What a pass is: a frozen dataclass whose fields are its options, with the levels it takes and gives."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar
+
+from dsv4c.errors import PassError, unknown
+from dsv4c.ir.attrs import Attr, print_attr
+from dsv4c.ir.graph import Module
+from dsv4c.ir.levels import Level
+
+KEEP = None
+"""As `gives`: the level stays what it was."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes. Subclasses are verbs, set `name`, and implement `run`.
+
+    Class attributes:
+        name: the word in a pipeline string.
+        takes: the levels it accepts.
+        gives: the level of its result, or None to keep it.
+        doc: one sentence for `dsv4c passes`.
+    """
+
+    name: ClassVar[str]
+    doc: ClassVar[str]
+    takes: ClassVar[frozenset[Level]] = frozenset(Level)
+    gives: ClassVar[Level | None] = KEEP
+
+    def run(self, module: Module) -> int:
+        """Change `module` in place; returns how many places changed."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        options = [f"{f.name}={print_attr(getattr(self, f.name))}" for f in fields(self)]
+        return self.name + ("{" + ", ".join(options) + "}" if options else "")
+
+    @classmethod
+    def with_options(cls, options: dict[str, Attr]) -> Pass:
+        """The pass with options from text.
+
+        Raises:
+            PassError: an option is unknown, missing, or of the wrong type.
+        """
+        declared = {f.name: f for f in fields(cls)}
+        for name, value in options.items():
+            if name not in declared:
+                raise unknown("option", name, declared or ["none"], PassError, cls.name)
+            wanted = str(declared[name].type)
+            if type(value).__name__ != wanted and not (wanted == "float" and type(value) is int):
+                raise PassError(f"option {name} = {value!r} is mistyped", where=cls.name, allowed=wanted)
+        for name, f in declared.items():
+            if f.default is MISSING and name not in options:
+                raise PassError(f"option {name!r} is required", where=cls.name, allowed=str(f.type))
+        chosen: dict[str, Any] = {k: float(v) if str(declared[k].type) == "float" else v  # type: ignore[arg-type]
+                                  for k, v in options.items()}  # fmt: skip
+        return cls(**chosen)

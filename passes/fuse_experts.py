@@ -1,0 +1,113 @@
+"""From single-expert sub-graphs to one `expert_mlp`: dispatch, every expert, combine.
+
+The experts' weights become one lazy stack, so that a back end can index them by expert id.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dsv4c.ir import weights as w
+from dsv4c.ir.dtypes import DType
+from dsv4c.ir.graph import Builder, Module, Op
+from dsv4c.ir.levels import Level
+from dsv4c.ir.rewrite import Pat, match
+from dsv4c.ir.weights import WeightExpr
+
+from .base import Pass
+from .cleanup import EliminateDeadCode
+
+
+@dataclass(frozen=True)
+class _Expert:
+    w1: WeightExpr
+    w3: WeightExpr
+    w2: WeightExpr
+    limit: float
+
+
+@dataclass(frozen=True)
+class FuseExperts(Pass):
+    """Each dispatch whose experts are all clamped SwiGLU MLPs of one shape becomes an `expert_mlp`; exact."""
+
+    name: ClassVar[str] = "fuse_experts"
+    doc: ClassVar[str] = "merge the experts of a layer into one grouped MLP"
+    takes: ClassVar[frozenset[Level]] = frozenset({Level.FUSED})
+    gives: ClassVar[Level | None] = Level.FUSED
+
+    def run(self, module: Module) -> int:
+        fused, ops = 0, []
+        for op in module.ops:
+            found = recognise(op) if op.name == "combine" else "not a combine"
+            if not isinstance(found, str):
+                ops += _replace(module, op, *found)
+                fused += 1
+            ops.append(op)
+        module.ops = ops
+        EliminateDeadCode().run(module)
+        return fused
+
+
+_EXPERT = Pat("linear", (
+    Pat("scale_rows", (
+        Pat("clamped_swiglu", (
+            Pat("linear", (Pat(bind="x"), Pat("weight", bind="w1"))),
+            Pat("linear", (Pat(bind="x"), Pat("weight", bind="w3"))),
+        ), bind="act"),
+        Pat(bind="gate"),
+    )),
+    Pat("weight", bind="w2"),
+))  # fmt: skip
+
+
+def recognise(combine: Op) -> tuple[Op, list[_Expert]] | str:
+    """The dispatch and experts behind a combine, or why they cannot be fused."""
+    experts: list[_Expert] = []
+    source: Op | None = None
+    for index, y in enumerate(combine.operands[2:]):
+        outcome = match(_EXPERT, y)
+        if outcome.bindings is None:
+            return f"expert {index} is no clamped SwiGLU MLP: {outcome.reason}"
+        found = outcome.bindings
+        producer = found["x"].producer
+        if producer is None or producer.name != "dispatch" or (source or producer) is not producer:
+            return f"expert {index} does not read the dispatch of the others"
+        source = producer
+        if found["x"] is not source.results[2 * index] or found["gate"] is not source.results[2 * index + 1]:
+            return f"expert {index} reads the rows of another expert"
+        experts.append(_expert(found["w1"].producer, found["w3"].producer, found["w2"].producer, found["act"].producer))
+    if source is None or len(experts) != source.attrs["experts"]:
+        return "the combine does not take every expert of its dispatch"
+    if len({(e.w1.shape, e.w3.shape, e.w2.shape, e.limit) for e in experts}) != 1:
+        return "the experts differ in shape or limit"
+    return source, experts
+
+
+def _expert(w1: Op | None, w3: Op | None, w2: Op | None, act: Op | None) -> _Expert:
+    assert w1 and w3 and w2 and act
+    assert w1.weight and w3.weight and w2.weight
+    limit = act.attrs["limit"]
+    assert isinstance(limit, float)
+    return _Expert(w1.weight, w3.weight, w2.weight, limit)
+
+
+def _replace(module: Module, combine: Op, dispatch: Op, experts: list[_Expert]) -> list[Op]:
+    common = _common_dtype(experts)
+    builder = Builder(Module(module.name))
+    builder.loc = combine.loc
+    pairs = tuple(w.concat((w.cast(e.w1, common), w.cast(e.w3, common))) for e in experts)
+    w13 = builder.weight(w.stack(pairs), f"{combine.loc}.experts.w13")
+    w2 = builder.weight(w.stack(tuple(w.cast(e.w2, common) for e in experts)), f"{combine.loc}.experts.w2")
+    fused = builder.op("expert_mlp", *dispatch.operands, w13, w2, limit=experts[0].limit)
+    combine.result.replace_with(fused)
+    for name, value in module.outputs.items():
+        if value is combine.result:
+            module.outputs[name] = fused
+    return builder.module.ops
+
+
+def _common_dtype(experts: list[_Expert]) -> DType:
+    """The experts' own dtype when they share one, else F32, which holds every format exactly."""
+    found = {x.dtype for e in experts for x in (e.w1, e.w3, e.w2)}
+    return found.pop() if len(found) == 1 else DType.F32

@@ -1,0 +1,6 @@
+"""The ONNX dialect of the CPU target: a TARGET-level module becomes one model for ONNX Runtime's CPU provider."""
+
+from .emit import emit_onnx
+from .table import LOWERINGS
+
+__all__ = ["LOWERINGS", "emit_onnx"]

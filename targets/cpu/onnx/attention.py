@@ -1,0 +1,195 @@
+"""Lowerings of the `attention` family: rotary, compressor, indexer, sparse attention with sink.
+
+Old and new entries are never joined: each is scored, masked and mixed by itself.
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+from onnx import TensorProto
+
+from dsv4c.ir.graph import Op
+
+from .blocks import over_token_blocks
+from .lowering import Context, Entries, V, integer, number, size
+from .state import clip, column, most_closed
+
+
+def rope_angles(g: Context, op: Op) -> tuple[V, V]:
+    """positions [B,N], frequencies [R/2] -> cos, sin [B,N,R/2]."""
+    positions, frequencies = g.tensors(op, 2)
+    angle = g.op("Mul", g.op("Unsqueeze", g.op("Cast", positions, to=TensorProto.FLOAT), [2]), frequencies)
+    return g.op("Cos", angle), g.op("Sin", angle)
+
+
+def rotary(g: Context, op: Op) -> V:
+    """x [B,N,(H,)D], cos, sin [B,N,R/2] -> x with its last R channels rotated."""
+    x, cos, sin = g.tensors(op, 3)
+    width, rope = size(op, 0, -1), 2 * size(op, 1, 2)
+    heads = size(op, 0, 2) if op.operands[0].type.rank == 4 else 1
+    sin = g.negated(sin) if op.attrs["inverse"] else sin
+    kept, turned = g.multi("Split", 2, x, [width - rope, rope], axis=-1) if rope < width else ("", x)
+    turned = g.op("RotaryEmbedding", g.reshape(turned, 0, 0, heads * rope), cos, sin, interleaved=1, num_heads=heads)
+    if op.operands[0].type.rank == 4:
+        turned = g.reshape(turned, 0, 0, heads, rope)
+    return g.op("Concat", kept, turned, axis=-1) if kept else turned
+
+
+def position_bias(g: Context, op: Op) -> V:
+    """x [B,T,C], bias [ratio,C], pos [B] -> [B,T,C]."""
+    x, bias, pos = g.tensors(op, 3)
+    here = g.op("Add", column(g, pos), g.iota(g.dim(x, 1)))
+    return g.op("Add", x, g.op("Gather", bias, g.op("Mod", here, size(op, 1, 0)), axis=0))
+
+
+# ---------------------------------------------------------------------------------- compressor
+
+
+def compress(g: Context, op: Op) -> V:
+    """kv, gate [B,T,C], their rings [B,R,C], pos, n_valid [B] -> [B,E,C'], C' = C or, with overlap, C/2.
+
+    A call that closes no group computes nothing.
+    """
+    tokens = g.dim(g.tensor(op, 0), 1)
+    pos, n_valid = g.tensor(op, 4), g.tensor(op, 5)
+    ratio = integer(op, "ratio")
+    width = size(op, 0, 2) // (2 if op.attrs["overlap"] else 1)
+    first = g.op("Div", pos, ratio)
+    closed = g.op("Sub", g.op("Div", g.op("Add", pos, n_valid), ratio), first)
+    count = most_closed(g, tokens, ratio)
+
+    def none() -> V:
+        return g.op("Expand", 0.0, g.shape(g.dim(pos, 0), count, width))
+
+    def some() -> V:
+        pooled = _pool(g, op, first, count)
+        real = g.op("Less", g.iota(count, 1, -1, 1), column(g, closed, 2))
+        return g.op("Where", real, pooled, 0.0)
+
+    return g.branch(g.op("Greater", g.op("ReduceMax", closed, keepdims=0), 0), some, none)
+
+
+def _pool(g: Context, op: Op, first: V, count: V) -> V:
+    """[B,E,C']: the softmax-weighted sum over the tokens of groups first .. first + count - 1."""
+    before = 1 if op.attrs["overlap"] else 0
+    index = _group_index(g, op, g.op("Sub", first, before), g.op("Add", count, before))
+    gates, values = (_grouped(g, op, index, which) for which in (1, 0))
+    if before:
+        width = size(op, 0, 2) // 2
+        earlier = g.op("Greater", g.op("Add", column(g, first, 3), g.iota(count, 1, -1, 1, 1)), 0)
+        gates, values = _with_previous(g, gates, width), _with_previous(g, values, width)
+        own = g.op("Greater", g.iota(g.dim(gates, 2), 1, 1, -1, 1), integer(op, "ratio") - 1)
+        gates = g.op("Where", g.op("Or", earlier, own), gates, -inf)
+    weight = g.op("Exp", g.op("Sub", gates, g.op("ReduceMax", gates, [2], keepdims=1)))
+    total = g.op("ReduceSum", g.op("Mul", weight, values), [2], keepdims=0)
+    return g.op("Div", total, g.op("ReduceSum", weight, [2], keepdims=0))
+
+
+def _group_index(g: Context, op: Op, first: V, count: V) -> V:
+    """INT64 [B,count*ratio]: rows of Concat(ring, new) that hold the tokens of the groups from `first` [B]."""
+    kv, pos, ratio, ring = g.tensor(op, 0), column(g, g.tensor(op, 4)), integer(op, "ratio"), size(op, 2, 1)
+    spot = g.op("Add", column(g, g.op("Mul", first, ratio)), g.iota(g.op("Mul", count, ratio)))
+    new = g.op("Add", clip(g, g.op("Sub", spot, pos), g.dim(kv, 1)), ring)
+    return g.op("Where", g.op("Less", spot, pos), g.op("Mod", spot, ring), new)
+
+
+def _grouped(g: Context, op: Op, index: V, which: int) -> V:
+    """kv (0) or gate (1) at `index`, as [B,groups,ratio,C]."""
+    rows = g.op("Concat", g.tensor(op, 2 + which), g.tensor(op, which), axis=1)
+    return g.reshape(g.gather_rows(rows, index), 0, -1, integer(op, "ratio"), size(op, 0, 2))
+
+
+def _with_previous(g: Context, x: V, width: int) -> V:
+    """[B,E+1,ratio,2C'] -> [B,E,2 ratio,C']: the previous group by its first half of channels, then the group."""
+    previous = g.op("Slice", x, [0, 0], [-1, width], [1, 3])
+    return g.op("Concat", previous, g.op("Slice", x, [1, width], [2**62, 2 * width], [1, 3]), axis=2)
+
+
+# ------------------------------------------------------------------------------------- indexer
+
+
+def index_select(g: Context, op: Op) -> V:
+    """q [B,T,H,D], weights [B,T,H], keys Entries, pos, n_valid [B] -> INT64 ids [B,T,min(k,U+E)], -1 where missing."""
+    q, weights, keys = g.tensor(op, 0), g.tensor(op, 1), g.entries(op, 2)
+    ratio, pos = integer(op, "ratio"), g.tensor(op, 3)
+    existing = g.op("Add", g.dim(keys.old, 1), g.dim(keys.new, 1))
+    best = g.op("Min", existing, integer(op, "k"))
+    first = g.op("Div", pos, ratio)
+    ids = g.op("Concat", *_ids(g, keys, first, g.dim(pos, 0)), axis=1)
+    per_token = g.op("Mul", g.op("Mul", existing, 2 * size(op, 0, 2)), g.dim(pos, 0))
+
+    def block(start: V, count: V) -> V:
+        here, by = _tokens(g, q, start, count), g.op("Unsqueeze", _tokens(g, weights, start, count), [2])
+        scores = [g.op("Squeeze", g.op("MatMul", by, g.op("Relu", _dots(g, op, here, k, 1.0))), [2])
+                  for k in (keys.old, keys.new)]  # fmt: skip
+        masks = _visible(g, keys, first, _seen(g, pos, start, count, ratio))
+        masked = [g.op("Where", m, s, -inf) for m, s in zip(masks, scores, strict=True)]
+        top, column_ = g.multi("TopK", 2, g.op("Concat", *masked, axis=-1), best, axis=-1)
+        # Columns ascend by id among the visible ones, so TopK's lower column is the lower id.
+        flat = g.reshape(g.op("GatherElements", ids, g.reshape(column_, 0, -1), axis=1), 0, count, best)
+        return g.op("Where", g.op("Greater", top, -inf), flat, -1)
+
+    return over_token_blocks(g, g.dim(q, 1), per_token, 1 << 30, block, TensorProto.INT64)
+
+
+def _ids(g: Context, entries: Entries, first: V, batch: V) -> tuple[V, V]:
+    """INT64 [B,U] and [B,E]: the entry ids of old and new rows."""
+    old = g.op("Expand", g.iota(g.dim(entries.old, 1), 1, -1), g.shape(batch, 1))
+    return old, g.op("Add", column(g, first), g.iota(g.dim(entries.new, 1), 1, -1))
+
+
+def _seen(g: Context, pos: V, start: V, count: V, ratio: int) -> V:
+    """INT64 [B,n,1]: how many entries each token of the block may see."""
+    here = g.op("Add", column(g, pos), g.op("Add", g.iota(count), start))
+    return g.op("Unsqueeze", g.op("Div", g.op("Add", here, 1), ratio), [2])
+
+
+def _visible(g: Context, entries: Entries, first: V, seen: V) -> tuple[V, V]:
+    """BOOL [B,1,U] and [B,n,E]: old rows are entries below `first`; new ones must be seen by the token."""
+    old = g.op("Less", g.iota(g.dim(entries.old, 1), 1, 1, -1), column(g, first, 2))
+    new = g.op("Add", column(g, first, 2), g.iota(g.dim(entries.new, 1), 1, 1, -1))
+    return old, g.op("Less", new, seen)
+
+
+def _tokens(g: Context, x: V, start: V, count: V) -> V:
+    """[B,T,...] -> [B,n,...]."""
+    return g.op("Slice", x, start, g.op("Add", start, count), [1])
+
+
+def _dots(g: Context, op: Op, q: V, keys: V, factor: float) -> V:
+    """q [B,n,H,D], keys [B,S,D] -> [B,n,H,S]."""
+    heads, width = size(op, 0, 2), size(op, 0, 3)
+    flat = g.matmul_t(g.reshape(q, 0, -1, width), keys, factor)
+    return g.reshape(flat, 0, -1, heads, g.dim(keys, 1))
+
+
+# ----------------------------------------------------------------------------------- attention
+
+
+def attention(g: Context, op: Op) -> V:
+    """q [B,T,H,D], kv [B,T,D], ring [B,R,D], sinks [H], pos, n_valid [B], entries?, selected? [B,T,K] -> [B,T,H,D]."""
+    q, pos = g.tensor(op, 0), g.tensor(op, 4)
+    heads, width, ring = size(op, 0, 2), size(op, 0, 3), size(op, 2, 1)
+    spot = g.op("Mod", g.op("Add", column(g, pos), g.iota(g.shape(ring))), ring)
+    window = g.op("Concat", g.gather_rows(g.tensor(op, 2), spot), g.tensor(op, 1), axis=1)
+    sources = [_Window(g, op, window)]
+    if len(op.operands) == 7:
+        sources += _all_entries(g, op)
+    if len(op.operands) == 8:
+        sources.append(_Selected(g, op))
+
+    def block(start: V, count: V) -> V:
+        here = _tokens(g, q, start, count)
+        parts = [s.at(here, start, count) for s in sources]
+        rows = g.shape(g.dim(q, 0), count, 1, 1)
+        sink = g.op("Expand", g.reshape(g.tensor(op, 3), 1, 1, heads, 1), rows)
+        sizes = g.shape(*(g.dim(logits, 3) for logits, _ in parts), 1)
+        p = g.op("Softmax", g.op("Concat", *(logits for logits, _ in parts), sink, axis=-1), axis=-1)
+        weights = g.multi("Split", len(parts) + 1, p, sizes, axis=-1)[:-1]
+        mixed = [_mix(g, op, w, keys) for w, (_, keys) in zip(weights, parts, strict=True)]
+        return g.op("Sum", *mixed)
+
+    per_token = g.op("Mul", _per_token(g, op, sources), g.dim(q, 0))
+    out = over_token_blocks(g, g.dim(q, 1), per_token, max(ring, 16), block)
+    return g.reshape(out, 0, 0, heads, width)

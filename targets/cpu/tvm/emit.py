@@ -1,0 +1,121 @@
+"""The TVM emitter: TARGET module -> Relax + TIR -> a shared object, with weights packed for its kernels."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from dsv4c.errors import TargetError, ToolchainError, unknown
+from dsv4c.ir.dims import Dim
+from dsv4c.ir.graph import Module
+from dsv4c.ir.weights import TensorStore, stream
+from dsv4c.runtime.container import ArtifactWriter
+
+from .context import Context
+from .lowering import LOWERINGS
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total)."""
+
+
+def emit_tvm(
+    module: Module, store: TensorStore, writer: ArtifactWriter, cpu: dict[str, str], progress: Progress
+) -> None:
+    """Write sections `code` and `tvm_runtime`, the packed weights, and meta `tvm`.
+
+    Args:
+        cpu: LLVM target attributes (`mcpu`, and `mtriple` when cross-compiling).
+
+    Raises:
+        TargetError: an op has no lowering.
+        ToolchainError: no linker is found.
+    """
+    context, relax_module = build_relax(module)
+    progress("code", 0, 1)
+    code = compile_module(relax_module, cpu)
+    progress("code", 1, 1)
+    writer.add_section("code", code)
+    writer.add_section("tvm_runtime", _runtime_library().read_bytes())
+    total = sum(expr.nbytes for _, expr in context.packed.values())
+    done = 0
+    for name, (_, expr) in context.packed.items():
+        writer.add_tensor(name, expr.dtype.value, expr.shape, stream(expr, store))
+        done += expr.nbytes
+        progress("weights", done, total)
+    writer.set_meta("tvm", {"weights": list(context.packed)})
+
+
+def build_relax(module: Module) -> tuple[Context, Any]:
+    """The Relax module: `step(inputs, states, weights) -> (logits, states)`, states updated in place."""
+    shapes = [v.type.shape for v in module.arguments().values()]
+    bound = frozenset(d.name for shape in shapes for d in shape if isinstance(d, Dim) and d.op == "sym")
+    context = Context(relax.BlockBuilder(), bound)
+    for name, value in module.arguments().items():
+        context.values[value] = relax.Var(_identifier(name), context.tensor(value.type))
+    context.shared["tokens"] = context.values[module.inputs["tokens"]]
+    arguments = [context.values[v] for v in module.arguments().values()]
+    builder = context.builder
+    # The parameters include the packed weights, which are known only when every op is lowered: the body is
+    # built under a name of its own first, then closed with all parameters.
+    with builder.function("step"):
+        for op in module.ops:
+            if op.name not in LOWERINGS:
+                raise TargetError(str(unknown("op", op.name, LOWERINGS, TargetError)), where=op.loc)
+            LOWERINGS[op.name](context, op)
+        names = ["logits", *module.states]
+        results = relax.Tuple([context.values[module.outputs[n]] for n in names])
+        builder.emit_func_output(results, params=[*arguments, *(var for var, _ in context.packed.values())])
+    return context, builder.get()
+
+
+def _identifier(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def compile_module(relax_module: Any, cpu: dict[str, str]) -> bytes:
+    """Compile and link; returns the bytes of the shared object.
+
+    Raises:
+        ToolchainError: there is neither a C compiler nor the ziglang wheel.
+    """
+    link = find_linker(cpu.get("mtriple"))
+    target = tvm.target.Target({"kind": "llvm", **cpu})
+    executable = tvm.compile(relax_module, target=target)
+    with tempfile.TemporaryDirectory(prefix="dsv4c-") as directory:
+        path = Path(directory) / "step.so"
+        executable.export_library(str(path), fcompile=link)
+        return path.read_bytes()
+
+
+def find_linker(triple: str | None = None) -> Any:
+    """A TVM `fcompile` for the host's C compiler, or for `zig cc` when there is none or on cross builds."""
+    from tvm.support import cc
+
+    native = next((c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)), None)
+    if native and not triple:
+        return cc.cross_compiler(native)
+    try:
+        import ziglang  # noqa: F401
+    except ImportError:
+        raise ToolchainError(
+            "no linker found", allowed="gcc or clang on PATH, or the ziglang package",
+            hint="pip install ziglang, or install gcc",
+        ) from None  # fmt: skip
+    extra = ["-target", triple] if triple else []
+    return cc.cross_compiler([sys.executable, "-m", "ziglang", "cc"], options=extra)
+
+
+def _runtime_library() -> Path:
+    """TVM's runtime, shipped inside the artifact so that running needs no TVM installation."""
+    path = Path(tvm.__file__).parent / "lib" / "libtvm_runtime.so"
+    if not path.exists():
+        raise ToolchainError(f"{path} is missing", hint="pip install apache-tvm==" + tvm.__version__)
+    return path

@@ -1,0 +1,264 @@
+"""Matrix products over packed panels: `linear`, `grouped_linear`, and the two halves of `expert_mlp`.
+
+A panel holds `width` output rows k-major, so that one broadcast input value meets `width` weights at a
+time. Every output accumulates over k in ascending order whatever the row tile, so a result does not
+depend on how tokens were cut into calls.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, valid-type, misc"
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from .vec import LANES, load_weight, ramp, sigmoid, splat, weight_dtype, zeros
+
+ROWS = 6
+"""Rows of a register tile: 6 rows x 4 vectors of accumulators leave room in 32 registers."""
+
+
+def panel_width(rows: int) -> int:
+    """Output rows per panel: 64 where there are that many, else the next multiple of 16."""
+    return min(64, -(-rows // LANES) * LANES)
+
+
+def linear(k: int, n: int, bf16: bool):
+    """X [B,S,k] f32, W [panels,k,width] -> Y [B,S,n] f32."""
+    width = panel_width(n)
+    panels, vecs = -(-n // width), width // LANES
+    dtype = weight_dtype(bf16)
+
+    @T.prim_func(s_tir=True)
+    def func(x: T.handle, w: T.handle, y: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        X = T.match_buffer(x, (B, S, k), "float32")
+        W = T.match_buffer(w, (panels, k, width), dtype)
+        Y = T.match_buffer(y, (B, S, n), "float32")
+        Xf = T.decl_buffer((B * S * k,), "float32", data=X.data)
+        Wf = T.decl_buffer((panels * k * width,), dtype, data=W.data)
+        Yf = T.decl_buffer((B * S * n,), "float32", data=Y.data)
+        for p in T.parallel(panels):
+            for tile in T.serial(B * S // ROWS):
+                acc = T.alloc_buffer((ROWS * width,), "float32", scope="local")
+                for i in T.unroll(ROWS * vecs):
+                    acc[ramp(i * LANES)] = zeros()
+                for kk in T.serial(k):
+                    for v in T.unroll(vecs):
+                        weight = T.alloc_buffer((LANES,), "float32", scope="local")
+                        weight[ramp(0)] = load_weight(Wf, (p * k + kk) * width + v * LANES, bf16)
+                        for r in T.unroll(ROWS):
+                            acc[ramp((r * vecs + v) * LANES)] = acc[ramp((r * vecs + v) * LANES)] + weight[
+                                ramp(0)
+                            ] * splat(Xf[(tile * ROWS + r) * k + kk])
+                for r in T.unroll(ROWS):
+                    for j in T.serial(T.min(width, n - p * width)):
+                        Yf[(tile * ROWS + r) * n + p * width + j] = acc[r * width + j]
+            for tail in T.serial(B * S % ROWS):
+                one = T.alloc_buffer((width,), "float32", scope="local")
+                for v in T.unroll(vecs):
+                    one[ramp(v * LANES)] = zeros()
+                for kk in T.serial(k):
+                    for v in T.unroll(vecs):
+                        one[ramp(v * LANES)] = one[ramp(v * LANES)] + load_weight(
+                            Wf, (p * k + kk) * width + v * LANES, bf16
+                        ) * splat(Xf[(B * S // ROWS * ROWS + tail) * k + kk])
+                for j in T.serial(T.min(width, n - p * width)):
+                    Yf[(B * S // ROWS * ROWS + tail) * n + p * width + j] = one[j]
+
+    return func
+
+
+def grouped_linear(groups: int, k: int, n: int, bf16: bool):
+    """X [B,S,groups*k] seen as rows, W [groups*panels,k,width] (n rows a group) -> Y [B,S,groups*n]."""
+    width = panel_width(n)
+    panels, vecs = -(-n // width), width // LANES
+    dtype = weight_dtype(bf16)
+
+    @T.prim_func(s_tir=True)
+    def func(x: T.handle, w: T.handle, y: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        H = T.int64()
+        D = T.int64()
+        X = T.match_buffer(x, (B, S, H, D), "float32")
+        W = T.match_buffer(w, (groups * panels, k, width), dtype)
+        Y = T.match_buffer(y, (B, S, groups * n), "float32")
+        Xf = T.decl_buffer((B * S * H * D,), "float32", data=X.data)
+        Wf = T.decl_buffer((groups * panels * k * width,), dtype, data=W.data)
+        Yf = T.decl_buffer((B * S * groups * n,), "float32", data=Y.data)
+        for gp in T.parallel(groups * panels):
+            for m in T.serial(B * S):
+                one = T.alloc_buffer((width,), "float32", scope="local")
+                for v in T.unroll(vecs):
+                    one[ramp(v * LANES)] = zeros()
+                for kk in T.serial(k):
+                    for v in T.unroll(vecs):
+                        one[ramp(v * LANES)] = one[ramp(v * LANES)] + load_weight(
+                            Wf, (gp * k + kk) * width + v * LANES, bf16
+                        ) * splat(Xf[(m * groups + gp // panels) * k + kk])
+                for j in T.serial(T.min(width, n - gp % panels * width)):
+                    Yf[(m * groups + gp // panels) * n + gp % panels * width + j] = one[j]
+
+    return func
+
+
+PAIR = 32
+"""Rows of w1 and of w3 in one panel of the experts' first product."""
+
+
+def expert_hidden(experts: int, k: int, inner: int, topk: int, limit: float, bf16: bool):
+    """First half of the expert MLP, on rows sorted by expert.
+
+    X [B,S,k]; gates [B,S,topk]; order [B*S*topk] i32 (position in the flat routing -> sorted row);
+    starts [experts+1] i32; W [experts,panels,k,64] (32 rows of w1, then the same 32 of w3)
+    -> H [B*S*topk, inner] = silu(min(g, L)) clamp(u, -L, L) gate.
+    """
+    panels, width, dtype = -(-inner // PAIR), 2 * PAIR, weight_dtype(bf16)
+
+    @T.prim_func(s_tir=True)
+    def func(x: T.handle, g: T.handle, o: T.handle, s: T.handle, w: T.handle, h: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        X = T.match_buffer(x, (B, S, k), "float32")
+        G = T.match_buffer(g, (B, S, topk), "float32")
+        Order = T.match_buffer(o, (B * S * topk,), "int32")
+        Starts = T.match_buffer(s, (experts + 1,), "int32")
+        W = T.match_buffer(w, (experts, panels, k, width), dtype)
+        Hid = T.match_buffer(h, (B * S * topk, inner), "float32")
+        Xf = T.decl_buffer((B * S * k,), "float32", data=X.data)
+        Gf = T.decl_buffer((B * S * topk,), "float32", data=G.data)
+        Wf = T.decl_buffer((experts * panels * k * width,), dtype, data=W.data)
+        for p in T.parallel(panels):
+            for e in T.serial(experts):
+                for tile in T.serial((Starts[e + 1] - Starts[e] + (ROWS - 1)) // ROWS):
+                    acc = T.alloc_buffer((ROWS * width,), "float32", scope="local")
+                    row = T.alloc_buffer((ROWS,), "int32", scope="local")
+                    for r in T.unroll(ROWS):
+                        row[r] = Order[T.min(Starts[e] + tile * ROWS + r, Starts[e + 1] - 1)] // topk
+                    for i in T.unroll(ROWS * width // LANES):
+                        acc[ramp(i * LANES)] = zeros()
+                    if Starts[e + 1] - Starts[e] - tile * ROWS > 1:
+                        for kk in T.serial(k):
+                            for v in T.unroll(width // LANES):
+                                weight = T.alloc_buffer((LANES,), "float32", scope="local")
+                                weight[ramp(0)] = load_weight(
+                                    Wf, ((T.cast(e, "int64") * panels + p) * k + kk) * width + v * LANES, bf16
+                                )
+                                for r in T.unroll(ROWS):
+                                    acc[ramp(r * width + v * LANES)] = acc[ramp(r * width + v * LANES)] + weight[
+                                        ramp(0)
+                                    ] * splat(Xf[T.cast(row[r], "int64") * k + kk])
+                    else:
+                        for kk in T.serial(k):
+                            for v in T.unroll(width // LANES):
+                                acc[ramp(v * LANES)] = acc[ramp(v * LANES)] + load_weight(
+                                    Wf, ((T.cast(e, "int64") * panels + p) * k + kk) * width + v * LANES, bf16
+                                ) * splat(Xf[T.cast(row[0], "int64") * k + kk])
+                    for r in T.serial(T.min(ROWS, Starts[e + 1] - Starts[e] - tile * ROWS)):
+                        for j in T.serial(T.min(PAIR, inner - p * PAIR)):
+                            gate = T.alloc_buffer((1,), "float32", scope="local")
+                            gate[0] = T.min(acc[r * width + j], T.float32(limit))
+                            Hid[Starts[e] + tile * ROWS + r, p * PAIR + j] = (
+                                gate[0]
+                                * sigmoid(gate[0])
+                                * T.max(T.min(acc[r * width + PAIR + j], T.float32(limit)), T.float32(-limit))
+                                * Gf[Order[Starts[e] + tile * ROWS + r]]
+                            )
+
+    return func
+
+
+def expert_output(experts: int, k: int, inner: int, topk: int, bf16: bool):
+    """Second half: H [B*S*topk, inner] by W [experts,panels,inner,width] into Y [B,S,k], ascending expert.
+
+    Tokens without a route (padding) get 0.
+    """
+    width = panel_width(k)
+    panels, vecs, dtype = -(-k // width), width // LANES, weight_dtype(bf16)
+
+    @T.prim_func(s_tir=True)
+    def func(h: T.handle, o: T.handle, s: T.handle, w: T.handle, y: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        Hid = T.match_buffer(h, (B * S * topk, inner), "float32")
+        Order = T.match_buffer(o, (B * S * topk,), "int32")
+        Starts = T.match_buffer(s, (experts + 1,), "int32")
+        W = T.match_buffer(w, (experts, panels, inner, width), dtype)
+        Y = T.match_buffer(y, (B, S, k), "float32")
+        Wf = T.decl_buffer((experts * panels * inner * width,), dtype, data=W.data)
+        Yf = T.decl_buffer((B * S * k,), "float32", data=Y.data)
+        for p in T.parallel(panels):
+            for m in T.serial(B * S):
+                for j in T.serial(T.min(width, k - p * width)):
+                    Yf[m * k + p * width + j] = T.float32(0)
+            for e in T.serial(experts):
+                for tile in T.serial((Starts[e + 1] - Starts[e] + (ROWS - 1)) // ROWS):
+                    acc = T.alloc_buffer((ROWS * width,), "float32", scope="local")
+                    row = T.alloc_buffer((ROWS,), "int32", scope="local")
+                    for r in T.unroll(ROWS):
+                        row[r] = T.min(Starts[e] + tile * ROWS + r, Starts[e + 1] - 1)
+                    for i in T.unroll(ROWS * vecs):
+                        acc[ramp(i * LANES)] = zeros()
+                    if Starts[e + 1] - Starts[e] - tile * ROWS > 1:
+                        for kk in T.serial(inner):
+                            for v in T.unroll(vecs):
+                                weight = T.alloc_buffer((LANES,), "float32", scope="local")
+                                weight[ramp(0)] = load_weight(
+                                    Wf, ((T.cast(e, "int64") * panels + p) * inner + kk) * width + v * LANES, bf16
+                                )
+                                for r in T.unroll(ROWS):
+                                    acc[ramp(r * width + v * LANES)] = acc[ramp(r * width + v * LANES)] + weight[
+                                        ramp(0)
+                                    ] * splat(Hid[row[r], kk])
+                    else:
+                        for kk in T.serial(inner):
+                            for v in T.unroll(vecs):
+                                acc[ramp(v * LANES)] = acc[ramp(v * LANES)] + load_weight(
+                                    Wf, ((T.cast(e, "int64") * panels + p) * inner + kk) * width + v * LANES, bf16
+                                ) * splat(Hid[row[0], kk])
+                    for r in T.serial(T.min(ROWS, Starts[e + 1] - Starts[e] - tile * ROWS)):
+                        for j in T.serial(T.min(width, k - p * width)):
+                            at = T.cast(Order[Starts[e] + tile * ROWS + r] // topk, "int64") * k + p * width + j
+                            Yf[at] = Yf[at] + acc[r * width + j]
+
+    return func
+
+
+def expert_order(experts: int, topk: int):
+    """Sorts the routing by expert: ids [B,S,topk], n_valid [B] -> order [B*S*topk], starts [experts+1].
+
+    `order` lists flat routing positions by expert, then token; padding is left out, so the tail of
+    `order` is unused.
+    """
+
+    @T.prim_func(s_tir=True)
+    def func(i: T.handle, v: T.handle, o: T.handle, s: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        Ids = T.match_buffer(i, (B, S, topk), "int32")
+        Valid = T.match_buffer(v, (B,), "int32")
+        Order = T.match_buffer(o, (B * S * topk,), "int32")
+        Starts = T.match_buffer(s, (experts + 1,), "int32")
+        for e in T.serial(experts + 1):
+            Starts[e] = 0
+        for b in T.serial(B):
+            for t in T.serial(T.cast(Valid[b], "int64")):
+                for j in T.serial(topk):
+                    Starts[Ids[b, t, j] + 1] = Starts[Ids[b, t, j] + 1] + 1
+        for e in T.serial(experts):
+            Starts[e + 1] = Starts[e + 1] + Starts[e]
+        next_ = T.alloc_buffer((experts,), "int32")
+        for e in T.serial(experts):
+            next_[e] = Starts[e]
+        for b in T.serial(B):
+            for t in T.serial(T.cast(Valid[b], "int64")):
+                for j in T.serial(topk):
+                    Order[next_[Ids[b, t, j]]] = T.cast((b * S + t) * topk + j, "int32")
+                    next_[Ids[b, t, j]] = next_[Ids[b, t, j]] + 1
+
+    return func

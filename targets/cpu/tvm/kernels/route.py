@@ -1,0 +1,78 @@
+"""Router kernels: choose experts and weigh them (section 4.4)."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, valid-type, misc"
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+
+def route_topk(experts: int, topk: int):
+    """scores [B,S,experts], bias [experts] -> ids [B,S,topk] i32, best first, ties to the lower id."""
+
+    @T.prim_func(s_tir=True)
+    def func(s: T.handle, bias: T.handle, i: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        X = T.match_buffer(s, (B, S, experts), "float32")
+        Bias = T.match_buffer(bias, (experts,), "float32")
+        Ids = T.match_buffer(i, (B, S, topk), "int32")
+        for b, t in T.grid(B, S):
+            left = T.alloc_buffer((experts,), "float32")
+            best = T.alloc_buffer((1,), "int32", scope="local")
+            taken = T.alloc_buffer((experts,), "int32")
+            for e in T.serial(experts):
+                left[e] = X[b, t, e] + Bias[e]
+                taken[e] = 0
+            for j in T.serial(topk):
+                best[0] = -1
+                for e in T.serial(experts):
+                    if taken[e] == 0:
+                        if best[0] < 0:
+                            best[0] = T.cast(e, "int32")
+                        else:
+                            if left[e] > left[best[0]]:
+                                best[0] = T.cast(e, "int32")
+                taken[best[0]] = 1
+                Ids[b, t, j] = best[0]
+
+    return func
+
+
+def route_hash(vocab: int, topk: int):
+    """tokens [B,S], table [vocab,topk] i32 -> ids [B,S,topk]."""
+
+    @T.prim_func(s_tir=True)
+    def func(k: T.handle, w: T.handle, i: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        Tok = T.match_buffer(k, (B, S), "int32")
+        W = T.match_buffer(w, (vocab, topk), "int32")
+        Ids = T.match_buffer(i, (B, S, topk), "int32")
+        for b, t, j in T.grid(B, S, topk):
+            Ids[b, t, j] = W[T.cast(Tok[b, t], "int64"), j]
+
+    return func
+
+
+def route_weights(experts: int, topk: int, factor: float, eps: float):
+    """scores [B,S,experts], ids [B,S,topk] -> [B,S,topk]."""
+
+    @T.prim_func(s_tir=True)
+    def func(s: T.handle, i: T.handle, y: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        X = T.match_buffer(s, (B, S, experts), "float32")
+        Ids = T.match_buffer(i, (B, S, topk), "int32")
+        Y = T.match_buffer(y, (B, S, topk), "float32")
+        for b, t in T.grid(B, S):
+            total = T.alloc_buffer((1,), "float32", scope="local")
+            total[0] = T.float32(0)
+            for j in T.serial(topk):
+                total[0] = total[0] + X[b, t, Ids[b, t, j]]
+            for j in T.serial(topk):
+                Y[b, t, j] = X[b, t, Ids[b, t, j]] / (total[0] + T.float32(eps)) * T.float32(factor)
+
+    return func
