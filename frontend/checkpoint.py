@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dsv4c.errors import CheckpointError
 from dsv4c.ir.dtypes import DType, decode
@@ -238,7 +240,7 @@ def _bad_values(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _bad_scale(checkpoint: Checkpoint, stored: str) -> str:
-    bits = checkpoint.files.read(stored)
+    bits: npt.NDArray[Any] = checkpoint.files.read(stored)
     if checkpoint.files.tensors[stored].dtype is DType.F8E8M0:
         return "has a scale code 255, which is NaN (allowed: 0 to 254)" if bits.max() == 255 else ""
     return (
@@ -252,7 +254,8 @@ def _bad_parameter(checkpoint: Checkpoint, stored: str) -> str:
 
 
 def _bad_table(checkpoint: Checkpoint, stored: str) -> str:
-    ids, experts = checkpoint.files.read(stored), checkpoint.config.n_routed_experts
+    ids: npt.NDArray[Any] = checkpoint.files.read(stored)
+    experts = checkpoint.config.n_routed_experts
     bad = np.argwhere((ids < 0) | (ids >= experts))
     if len(bad):
         token, slot = bad[0]

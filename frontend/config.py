@@ -3,6 +3,8 @@
 Owns the two spellings of a DeepSeek-V4 configuration: the published one (`compress_ratios`,
 `num_hash_layers`, `rope_scaling`) and the one transformers 5 writes (`layer_types`, `compress_rates`,
 `mlp_layer_types`, `rope_parameters`). Knows nothing of tensors. Source: model specification, section 1.
+
+Reason: the length is the typed access to keys at the end, which has no second user.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dsv4c.errors import ConfigError
 
@@ -119,15 +122,18 @@ def parse_config(raw: dict[str, object], where: str = "config.json") -> ModelCon
     _check_keys(raw, where)
     keys = _Keys(raw, where)
     _check_fixed(keys)
-    layers = keys.int("num_hidden_layers")
-    n_mtp = keys.int("num_nextn_predict_layers", 0, at_least=0)
+    layers = keys.integer("num_hidden_layers")
+    n_mtp = keys.integer("num_nextn_predict_layers", 0, at_least=0)
     kinds, ratios = _layer_kinds(keys, layers, n_mtp)
-    head_dim = keys.int("head_dim")
+    head_dim = keys.integer("head_dim")
     rope_theta, compress_theta, yarn = _rope(keys)
     expert_dtype, block = _quantization(keys)
     config = ModelConfig(
-        **{name: keys.int(key) for name, key in _SIZES.items()},
-        **{name: keys.float(name) for name in _NUMBERS},
+        **{name: keys.integer(key) for name, key in _SIZES.items()},
+        routed_scaling_factor=keys.number("routed_scaling_factor"),
+        swiglu_limit=keys.number("swiglu_limit"),
+        hc_eps=keys.number("hc_eps"),
+        rms_norm_eps=keys.number("rms_norm_eps"),
         num_hidden_layers=layers,
         head_dim=head_dim,
         rope_dim=_rope_dim(keys, head_dim),
@@ -138,7 +144,7 @@ def parse_config(raw: dict[str, object], where: str = "config.json") -> ModelCon
         compress_rope_theta=compress_theta,
         yarn=yarn,
         n_mtp_layers=n_mtp,
-        bos_token_id=keys.int("bos_token_id", None, at_least=0),
+        bos_token_id=keys.token("bos_token_id"),
         eos_token_ids=_eos(keys),
         expert_dtype=expert_dtype,
         weight_block_size=block,
@@ -160,9 +166,6 @@ _SIZES = {
     "max_position_embeddings": "max_position_embeddings",
 }  # fmt: skip
 """Attribute -> key of every plain positive integer."""
-
-_NUMBERS = ("routed_scaling_factor", "swiglu_limit", "hc_eps", "rms_norm_eps")
-"""Plain positive numbers; attribute and key are the same."""
 
 _HARMLESS = frozenset({
     # who wrote the file, and in which number format its tensors are (the tensors say that themselves)
@@ -209,11 +212,12 @@ _SPECIAL = frozenset({
     "model_type", "num_hidden_layers", "num_nextn_predict_layers", "head_dim", "qk_rope_head_dim",
     "partial_rotary_factor", "compress_ratios", "layer_types", "compress_rates", "num_hash_layers",
     "mlp_layer_types", "rope_theta", "compress_rope_theta", "rope_scaling", "rope_parameters", "bos_token_id",
-    "eos_token_id", "expert_dtype", "quantization_config",
+    "eos_token_id", "expert_dtype", "quantization_config", "routed_scaling_factor", "swiglu_limit", "hc_eps",
+    "rms_norm_eps",
 })  # fmt: skip
-"""Keys with a function of their own below."""
+"""Keys that are read by name."""
 
-_KNOWN = _SPECIAL | _HARMLESS | set(_FIXED) | set(_SIZES.values()) | set(_NUMBERS)
+_KNOWN = _SPECIAL | _HARMLESS | set(_FIXED) | set(_SIZES.values())
 
 
 def _check_keys(raw: dict[str, object], where: str) -> None:
@@ -258,7 +262,7 @@ def _layer_kinds(keys: _Keys, layers: int, n_mtp: int) -> tuple[tuple[LayerKind,
 
 
 def _from_ratios(keys: _Keys, layers: int, n_mtp: int) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:
-    ratios = keys.ints("compress_ratios", at_least=0)
+    ratios = keys.integers("compress_ratios", at_least=0)
     if len(ratios) not in (layers, layers + n_mtp):
         allowed = f"{layers} entries (num_hidden_layers), or {layers + n_mtp} with the MTP blocks"
         raise keys.error("compress_ratios", f"a list of {len(ratios)}", allowed)
@@ -279,14 +283,14 @@ def _from_types(keys: _Keys, layers: int) -> tuple[tuple[LayerKind, ...], tuple[
         raise keys.error("compress_rates", f"a key {extra!r}", " and ".join(known))
     rate = {LayerKind.SLIDING: 0}
     for kind in set(kinds) - {LayerKind.SLIDING}:
-        rate[kind] = rates.int(kind.value, at_least=2)
+        rate[kind] = rates.integer(kind.value, at_least=2)
     return kinds, tuple(rate[k] for k in kinds)
 
 
 def _hash_layers(keys: _Keys, layers: int) -> tuple[bool, ...]:
     by_count = by_type = None
     if "num_hash_layers" in keys.raw:
-        count = keys.int("num_hash_layers", at_least=0)
+        count = keys.integer("num_hash_layers", at_least=0)
         if count > layers:
             raise keys.error("num_hash_layers", str(count), f"0 to {layers} (num_hidden_layers)")
         by_count = tuple(i < count for i in range(layers))
@@ -303,9 +307,9 @@ def _hash_layers(keys: _Keys, layers: int) -> tuple[bool, ...]:
 def _rope_dim(keys: _Keys, head_dim: int) -> int:
     """`qk_rope_head_dim`, or the part of the head that transformers' `partial_rotary_factor` selects."""
     if "partial_rotary_factor" not in keys.raw or keys.raw["partial_rotary_factor"] is None:
-        return keys.int("qk_rope_head_dim")
-    exact = head_dim * keys.float("partial_rotary_factor")
-    dim = keys.int("qk_rope_head_dim", int(exact + 1e-6))
+        return keys.integer("qk_rope_head_dim")
+    exact = head_dim * keys.number("partial_rotary_factor")
+    dim = keys.integer("qk_rope_head_dim", int(exact + 1e-6))
     if abs(dim - exact) >= 1:
         raise keys.error("qk_rope_head_dim", str(dim), f"head_dim * partial_rotary_factor = {exact:g}")
     return dim
@@ -318,7 +322,7 @@ def _rope(keys: _Keys) -> tuple[float, float, Yarn | None]:
     if not (parameters.raw.keys() & {"main", "compress"}):
         if flat.raw and parameters.raw:
             raise keys.error("rope_parameters", "given beside rope_scaling", "one of the two")
-        thetas = (keys.float("rope_theta"), keys.float("compress_rope_theta"))
+        thetas = (keys.number("rope_theta"), keys.number("compress_rope_theta"))
         return *thetas, _yarn(parameters if parameters.raw else flat)
     main, compress = parameters.nested("main", required=True), parameters.nested("compress", required=True)
     if _yarn(main) is not None:
@@ -326,7 +330,7 @@ def _rope(keys: _Keys) -> tuple[float, float, Yarn | None]:
     yarn = _yarn(compress)
     if flat.raw and _yarn(flat) != yarn:
         raise keys.error("rope_scaling", "a contradiction to rope_parameters", _ONE_OF_TWO)
-    return main.float("rope_theta"), compress.float("rope_theta"), yarn
+    return main.number("rope_theta"), compress.number("rope_theta"), yarn
 
 
 _ROPE_KEYS = {
@@ -346,16 +350,18 @@ def _yarn(keys: _Keys) -> Yarn | None:
         raise keys.error("attention_factor", repr(keys.raw["attention_factor"]), "1.0")
     if keys.raw.get("truncate", True) is not True:
         raise keys.error("truncate", repr(keys.raw["truncate"]), "true")
-    fast, slow = keys.float("beta_fast", 32.0), keys.float("beta_slow", 1.0)
+    fast, slow = keys.number("beta_fast", 32.0), keys.number("beta_slow", 1.0)
     if fast <= slow:
         raise keys.error("beta_fast", repr(fast), f"more than beta_slow, {slow!r}")
-    return Yarn(keys.float("factor", at_least=1.0), keys.int("original_max_position_embeddings"), fast, slow)
+    return Yarn(
+        keys.number("factor", at_least=1.0), keys.integer("original_max_position_embeddings"), fast, slow
+    )
 
 
 def _eos(keys: _Keys) -> tuple[int, ...]:
     if isinstance(keys.raw.get("eos_token_id"), list):
-        return keys.ints("eos_token_id")
-    one = keys.int("eos_token_id", None, at_least=0)
+        return keys.integers("eos_token_id")
+    one = keys.token("eos_token_id")
     return () if one is None else (one,)
 
 
@@ -367,7 +373,7 @@ def _quantization(keys: _Keys) -> tuple[str | None, tuple[int, int]]:
         quant.choice("fmt", ("e4m3",), "e4m3")
         quant.choice("scale_fmt", ("ue8m0", "float"), "float")
         quant.choice("activation_scheme", ("dynamic",), "dynamic")
-    block = quant.ints("weight_block_size", (128, 128), at_least=1)
+    block = quant.integers("weight_block_size", (128, 128), at_least=1)
     if len(block) != 2:
         raise quant.error("weight_block_size", str(list(block)), "two numbers: rows and columns")
     inner = quant.choice("expert_dtype", ("fp4", "fp8"), None)
@@ -397,17 +403,17 @@ def _check_relations(c: ModelConfig, where: str) -> None:
 
 # ---------------------------------------------------------------------------------- one key
 
-_REQUIRED: object = object()
+_REQUIRED: Any = object()
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     """A finite JSON number that a float can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True)
 class _Keys:
-    """One JSON object and where it stands. Each method reads one key; null counts as absent.
+    """One JSON object and where it stands. Each reading method takes one key; null counts as absent.
 
     Raises:
         ConfigError: a key without a default is absent, or a value is not what its method allows.
@@ -428,9 +434,8 @@ class _Keys:
         allowed = "keys of a DeepSeek-V4 configuration; an unknown one could change the result"
         return ConfigError(f"unknown key {key!r}", where=self.where, allowed=allowed, hint=hint)
 
-    def get(
-        self, key: str, ok: Callable[[object], bool], allowed: str, default: object = _REQUIRED
-    ) -> object:
+    def get(self, key: str, ok: Callable[[Any], bool], allowed: str, default: Any = _REQUIRED) -> Any:
+        """The value if it passes `ok`; the default, unchecked, if the key is absent."""
         value = self.raw.get(key)
         if value is None:
             if default is _REQUIRED:
@@ -440,34 +445,42 @@ class _Keys:
             raise self.error(key, repr(value), allowed)
         return value
 
-    def int(self, key: str, default: object = _REQUIRED, *, at_least: int = 1) -> int:
+    def integer(self, key: str, default: int = _REQUIRED, *, at_least: int = 1) -> int:
         allowed = f"an integer of at least {at_least}"
-        return self.get(key, lambda v: type(v) is int and v >= at_least, allowed, default)
+        return int(self.get(key, lambda v: type(v) is int and v >= at_least, allowed, default))
 
-    def float(self, key: str, default: object = _REQUIRED, *, at_least: float = 0.0) -> float:
+    def token(self, key: str) -> int | None:
+        return None if self.raw.get(key) is None else self.integer(key, at_least=0)
+
+    def number(self, key: str, default: float = _REQUIRED, *, at_least: float = 0.0) -> float:
+        """Above zero and not below `at_least`."""
         allowed = f"a finite number of at least {at_least:g}" if at_least else "a finite number above 0"
         return float(self.get(key, lambda v: _is_number(v) and v > 0 and v >= at_least, allowed, default))
 
-    def ints(self, key: str, default: object = _REQUIRED, *, at_least: int = 0) -> tuple[int, ...]:
-        allowed = f"a list of integers of at least {at_least}"
-        value = self.get(key, lambda v: isinstance(v, list), allowed, default)
-        for i, item in enumerate(value):
-            if type(item) is not int or item < at_least:
-                raise self.error(f"{key}[{i}]", repr(item), f"an integer of at least {at_least}")
-        return tuple(value)
+    def integers(self, key: str, default: Any = _REQUIRED, *, at_least: int = 0) -> tuple[int, ...]:
+        allowed = f"an integer of at least {at_least}"
+        value = self.get(key, lambda v: isinstance(v, list), f"a list, each {allowed}", default)
+        return self._each(key, value, lambda v: type(v) is int and v >= at_least, allowed)
 
-    def choice(self, key: str, options: tuple[str, ...], default: object = _REQUIRED) -> str | None:
-        return self.get(key, lambda v: v in options, ", ".join(options), default)
+    def choice(self, key: str, options: tuple[str, ...], default: Any = _REQUIRED) -> str | None:
+        found: str | None = self.get(key, lambda v: v in options, ", ".join(options), default)
+        return found
 
     def choices(self, key: str, options: tuple[str, ...], count: int) -> tuple[str, ...]:
         value = self.get(key, lambda v: isinstance(v, list), f"a list of {count} names")
         if len(value) != count:
             raise self.error(key, f"a list of {len(value)}", f"{count} entries (num_hidden_layers)")
-        for i, item in enumerate(value):
-            if item not in options:
-                raise self.error(f"{key}[{i}]", repr(item), ", ".join(options))
-        return tuple(value)
+        return self._each(key, value, lambda v: v in options, ", ".join(options))
 
     def nested(self, key: str, *, required: bool = False) -> _Keys:
         value = self.get(key, lambda v: isinstance(v, dict), "an object", _REQUIRED if required else {})
         return _Keys(value, f"{self.where}: {key}")
+
+    def _each(
+        self, key: str, values: Iterable[Any], ok: Callable[[Any], bool], allowed: str
+    ) -> tuple[Any, ...]:
+        found = tuple(values)
+        for i, item in enumerate(found):
+            if not ok(item):
+                raise self.error(f"{key}[{i}]", repr(item), allowed)
+        return found

@@ -32,28 +32,32 @@ def round_minifloat(values: F32Array, min_exponent: int, mantissa_bits: int, lim
     found = np.where(magnitude == 0, min_exponent, np.frexp(magnitude)[1] - 1)  # frexp gives zero exponent 0
     exponent = np.maximum(found, min_exponent)
     steps = np.rint(np.ldexp(magnitude, mantissa_bits - exponent)).astype(np.int32)
-    return (((exponent - min_exponent) << mantissa_bits) + steps).astype(np.uint8)
+    return np.asarray(((exponent - min_exponent) << mantissa_bits) + steps, np.uint8)
+
+
+def _signed(codes: Bytes, values: F32Array, bit: int) -> Bytes:
+    return np.where(np.signbit(values), codes | np.uint8(bit), codes)
 
 
 def to_e4m3(values: F32Array) -> Bytes:
     """float32 -> E4M3 (FN) codes, clamped to +-448."""
-    return round_minifloat(values, -6, 3, 448.0) | (np.signbit(values).astype(np.uint8) << 7)
+    return _signed(round_minifloat(values, -6, 3, 448.0), values, 0x80)
 
 
 def to_e2m1(values: F32Array) -> Bytes:
     """float32 -> E2M1 codes 0..15, clamped to +-6."""
-    return round_minifloat(values, 0, 1, 6.0) | (np.signbit(values).astype(np.uint8) << 3)
+    return _signed(round_minifloat(values, 0, 1, 6.0), values, 0x08)
 
 
 def pow2_ceil(values: F32Array) -> Bytes:
     """E8M0 code of the smallest power of two that is not below each positive float32."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits >> 23) + ((bits & 0x7FFFFF) != 0)).astype(np.uint8)
+    return np.asarray((bits >> 23) + ((bits & 0x7FFFFF) != 0), np.uint8)
 
 
 def pack_fp4(codes: Bytes) -> Bytes:
     """[..., 2n] E2M1 codes -> [..., n] bytes, the even index in the low nibble."""
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return np.asarray(codes[..., 0::2] | (codes[..., 1::2] << 4), np.uint8)
 
 
 def encode_fp8(

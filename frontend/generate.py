@@ -358,7 +358,7 @@ def write_safetensors(file: Path, tensors: Sequence[StoredTensor]) -> None:
     with temporary.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for t in tensors:
-            written = sum(out.write(np.ascontiguousarray(chunk)) for chunk in t.chunks())
+            written = sum(out.write(np.ascontiguousarray(chunk).data) for chunk in t.chunks())
             assert written == t.nbytes, t.name
     temporary.replace(file)
 

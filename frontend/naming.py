@@ -57,10 +57,15 @@ _CONTAINERS: dict[str, tuple[str, ...]] = {
 """Module of a block -> its spellings."""
 
 _HC = ("fn", "base", "scale")
-_MLP = {"w1": ("w1", "gate_proj"), "w2": ("w2", "down_proj"), "w3": ("w3", "up_proj")}
-_COMPRESSOR = {"wkv": ("wkv", "kv_proj"), "wgate": ("wgate", "gate_proj"), "norm": ("norm", "kv_norm")}
+_Table = dict[str, tuple[str, ...]]
+_MLP: _Table = {"w1": ("w1", "gate_proj"), "w2": ("w2", "down_proj"), "w3": ("w3", "up_proj")}
+_COMPRESSOR: _Table = {
+    "wkv": ("wkv", "kv_proj"),
+    "wgate": ("wgate", "gate_proj"),
+    "norm": ("norm", "kv_norm"),
+}
 
-_MODULES: dict[str, dict[str, tuple[str, ...]]] = {
+_MODULES: dict[str, _Table] = {
     "": {
         "attn_norm": ("attn_norm", "input_layernorm"),
         "ffn_norm": ("ffn_norm", "post_attention_layernorm"),
@@ -83,9 +88,9 @@ _MODULES: dict[str, dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 """Container -> modules that own a `.weight` and perhaps a `.scale`."""
 
-_SUFFIXES = {"weight": ("weight",), "scale": ("scale", "weight_scale_inv")}
+_SUFFIXES: _Table = {"weight": ("weight",), "scale": ("scale", "weight_scale_inv")}
 
-_LEAVES: dict[str, dict[str, tuple[str, ...]]] = {
+_LEAVES: dict[str, _Table] = {
     "": {
         **{f"hc_{part}_{p}": (f"hc_{part}_{p}", f"{part}_hc.{p}") for part in ("attn", "ffn") for p in _HC},
         **{f"hc_head_{p}": (f"hc_head_{p}", f"hc_head.hc_{p}") for p in _HC},
@@ -97,7 +102,7 @@ _LEAVES: dict[str, dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 """Container -> parameters without a suffix."""
 
-_TOP: dict[str, tuple[str, ...]] = {
+_TOP: _Table = {
     "embed.weight": ("embed.weight", "embed_tokens.weight"),
     "head.weight": ("head.weight", "lm_head.weight"),
     "norm.weight": ("norm.weight",),
@@ -122,7 +127,7 @@ def _aliases() -> dict[str, str]:
     """Every known spelling, numbers as `#` -> the published one."""
     out = {alias: name for name, names in _TOP.items() for alias in names}
 
-    def add(container: str, table: dict[str, tuple[str, ...]], suffixes: dict[str, tuple[str, ...]]) -> None:
+    def add(container: str, table: _Table, suffixes: _Table) -> None:
         for name, suffix in product(table, suffixes):
             published = ".".join(filter(None, (container, name, suffix)))
             spelt = product(_CONTAINERS.get(container, (container,)), table[name], suffixes[suffix])

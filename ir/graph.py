@@ -19,7 +19,7 @@ from .levels import Level
 from .opdef import OpDef, Signature
 from .ops import OPS
 from .types import TensorType
-from .weights import WeightExpr
+from .weights import TensorStore, WeightExpr
 
 
 class Value:
@@ -129,8 +129,9 @@ class Module:
         states: the named state buffers; the runtime owns them.
         ops: in execution order.
         outputs: results by name; every state name is also an output, its value after the step.
-        initial: state name -> what a fresh buffer holds (only 0 is used).
         meta: facts of the checkpoint that the runtime needs (JSON values).
+        store: where the weights' bytes come from; None for graphs read from text.
+        assets: files that travel into the artifact unchanged, such as the tokenizer.
     """
 
     name: str
@@ -140,6 +141,8 @@ class Module:
     ops: list[Op] = field(default_factory=list)
     outputs: dict[str, Value] = field(default_factory=dict)
     meta: dict[str, object] = field(default_factory=dict)
+    store: TensorStore | None = None
+    assets: dict[str, bytes] = field(default_factory=dict)
 
     def arguments(self) -> dict[str, Value]:
         return {**self.inputs, **self.states}

@@ -216,16 +216,26 @@ FILES: dict[str, Case] = {
     "bytes do not fit shape": Case(_entry(QA, shape=[48, 95]), (QA, "4608 bytes", "4560 bytes")),
     "shape overflows": Case(_entry(QA, shape=[1 << 62, 1 << 62]), (QA, "4608 bytes for", str(1 << 124))),
     "overlap": Case(
-        lambda r: join(r / SINGLE, {
-            "a": {"dtype": "I8", "shape": [4], "data_offsets": [0, 4]},
-            "b": {"dtype": "I8", "shape": [4], "data_offsets": [2, 6]},
-        }, bytes(6)), ("'b' overlaps tensor 'a'",),
+        lambda r: join(
+            r / SINGLE,
+            {
+                "a": {"dtype": "I8", "shape": [4], "data_offsets": [0, 4]},
+                "b": {"dtype": "I8", "shape": [4], "data_offsets": [2, 6]},
+            },
+            bytes(6),
+        ),
+        ("'b' overlaps tensor 'a'",),
     ),
     "hole": Case(
-        lambda r: join(r / SINGLE, {
-            "a": {"dtype": "I8", "shape": [4], "data_offsets": [0, 4]},
-            "b": {"dtype": "I8", "shape": [2], "data_offsets": [6, 8]},
-        }, bytes(8)), ("2 bytes between tensor 'a' and tensor 'b'",),
+        lambda r: join(
+            r / SINGLE,
+            {
+                "a": {"dtype": "I8", "shape": [4], "data_offsets": [0, 4]},
+                "b": {"dtype": "I8", "shape": [2], "data_offsets": [6, 8]},
+            },
+            bytes(8),
+        ),
+        ("2 bytes between tensor 'a' and tensor 'b'",),
     ),
     "hole at the start": Case(
         lambda r: join(r / SINGLE, {"a": {"dtype": "I8", "shape": [4], "data_offsets": [3, 7]}}, bytes(7)),
@@ -234,62 +244,92 @@ FILES: dict[str, Case] = {
     "bytes behind": Case(resize(5), ("5 bytes after tensor", "belong to no tensor")),
     "truncated": Case(resize(-9), ("truncated", "bytes expected", "found", "download this file again")),
     "tensor in two shards": Case(
-        _without_index(_two_shards), ("model-00001-of-00003", "model-00002-of-00003", "each tensor once"), "sharded",
+        _without_index(_two_shards),
+        ("model-00001-of-00003", "model-00002-of-00003", "each tensor once"),
+        "sharded",
     ),
     "index names no file": Case(
         index(lambda m: m.update({QA: "model-00009-of-00003.safetensors"})),
-        (INDEX, "'model-00009-of-00003.safetensors' is missing"), "sharded",
-    ),
-    "index leaves upwards": Case(
-        index(lambda m: m.update({QA: "../outside.safetensors"})), ("outside the directory", "plain file name"),
+        (INDEX, "'model-00009-of-00003.safetensors' is missing"),
         "sharded",
     ),
-    "index dots only": Case(index(lambda m: m.update({QA: ".."})), ("'..'", "outside the directory"), "sharded"),
+    "index leaves upwards": Case(
+        index(lambda m: m.update({QA: "../outside.safetensors"})),
+        ("outside the directory", "plain file name"),
+        "sharded",
+    ),
+    "index dots only": Case(
+        index(lambda m: m.update({QA: ".."})), ("'..'", "outside the directory"), "sharded"
+    ),
     "index absolute": Case(
-        index(lambda m: m.update({QA: "/etc/passwd"})), ("'/etc/passwd'", "outside the directory"), "sharded",
+        index(lambda m: m.update({QA: "/etc/passwd"})),
+        ("'/etc/passwd'", "outside the directory"),
+        "sharded",
     ),
     "index names a directory": Case(
-        lambda r: ((r / "x").mkdir(), index(lambda m: m.update({QA: "x"}))(r)), ("'x' is not a file",), "sharded",
+        lambda r: ((r / "x").mkdir(), index(lambda m: m.update({QA: "x"}))(r)),
+        ("'x' is not a file",),
+        "sharded",
     ),
     "link escapes": Case(_escape, ("model-00003-of-00003", "link that leaves the directory"), "sharded"),
     "link escapes without index": Case(_without_index(_escape), ("link that leaves",), "sharded"),
     "index lists too much": Case(
         index(lambda m: m.update({"ghost": "model-00001-of-00003.safetensors"})),
-        ("'ghost' is not in model-00001-of-00003", "stale"), "sharded",
+        ("'ghost' is not in model-00001-of-00003", "stale"),
+        "sharded",
     ),
     "index names wrong shard": Case(
         index(lambda m: m.update({"embed.weight": "model-00003-of-00003.safetensors"})),
-        ("'embed.weight' is not in model-00003",), "sharded",
+        ("'embed.weight' is not in model-00003",),
+        "sharded",
     ),
     "index lists too little": Case(index(lambda m: m.pop(QA)), (QA, "is not listed"), "sharded"),
     "index without map": Case(lambda r: (r / INDEX).write_text("{}"), (INDEX, "weight_map"), "sharded"),
-    "index of numbers": Case(lambda r: (r / INDEX).write_text('{"weight_map": {"a": 1}}'), ("malformed",), "sharded"),
+    "index of numbers": Case(
+        lambda r: (r / INDEX).write_text('{"weight_map": {"a": 1}}'), ("malformed",), "sharded"
+    ),
     "index key twice": Case(
-        lambda r: (r / INDEX).write_text('{"weight_map": {"a": "b", "a": "c"}}'), ("'a' appears twice",), "sharded",
+        lambda r: (r / INDEX).write_text('{"weight_map": {"a": "b", "a": "c"}}'),
+        ("'a' appears twice",),
+        "sharded",
     ),
     "shard lost": Case(
-        _without_index(lambda r: (r / "model-00002-of-00003.safetensors").unlink()), ("shard 2 of 3 is missing",),
+        _without_index(lambda r: (r / "model-00002-of-00003.safetensors").unlink()),
+        ("shard 2 of 3 is missing",),
         "sharded",
     ),
     "shards of two sets": Case(
-        _without_index(lambda r: (r / "model-00003-of-00003.safetensors").rename(r / "model-00003-of-00007.safetensors")),
-        ("several sets", "[3, 7]"), "sharded",
+        _without_index(
+            lambda r: (r / "model-00003-of-00003.safetensors").rename(r / "model-00003-of-00007.safetensors")
+        ),
+        ("several sets", "[3, 7]"),
+        "sharded",
     ),
-}  # fmt: skip
+}
 
 CONTENT: dict[str, Case] = {
-    "missing": Case(drop("layers.2.ffn_norm.weight"), ("1 tensors", "layers.2.ffn_norm.weight is missing", "[96]")),
+    "missing": Case(
+        drop("layers.2.ffn_norm.weight"), ("1 tensors", "layers.2.ffn_norm.weight is missing", "[96]")
+    ),
     "six missing": Case(tensors(_six), ("6 tensors", "layers.0.ffn.experts.0.w1.weight", "and 1 more")),
     "unknown name": Case(put("layers.0.attn.wq_c.weight", "BF16", [2], 2), ("wq_c.weight is not a name",)),
-    "layer too many": Case(put("layers.4.attn_norm.weight", "BF16", [96], 2), ("layers.4.attn_norm", "no use")),
-    "expert too many": Case(put("layers.0.ffn.experts.4.w1.weight", "BF16", [56, 96], 2), ("experts.4", "no use")),
-    "leading zero": Case(put("layers.00.attn_norm.weight", "BF16", [96], 2), ("layers.00.attn_norm", "not a name")),
+    "layer too many": Case(
+        put("layers.4.attn_norm.weight", "BF16", [96], 2), ("layers.4.attn_norm", "no use")
+    ),
+    "expert too many": Case(
+        put("layers.0.ffn.experts.4.w1.weight", "BF16", [56, 96], 2), ("experts.4", "no use")
+    ),
+    "leading zero": Case(
+        put("layers.00.attn_norm.weight", "BF16", [96], 2), ("layers.00.attn_norm", "not a name")
+    ),
     "mtp beyond config": Case(put("mtp.0.norm.weight", "BF16", [96], 2), ("mtp.0.norm.weight", "no use")),
     "mtp in part": Case(drop("mtp.0.enorm.weight"), ("mtp.0.enorm.weight is missing",), "mtp"),
     "misshaped": Case(put("norm.weight", "BF16", [95], 2), ("norm.weight is BF16[95]", "BF16[96]")),
     "transposed": Case(tensors(_transpose), ("gate.weight is BF16[96, 4]", "BF16[4, 96]")),
     "packed width": Case(put(W1, "I8", [56, 96], 1), (W1, "I8[56, 96]", "I8[56, 48]")),
-    "mistyped": Case(put("norm.weight", "I32", [96], 4), ("norm.weight is I32[96]", "f32 or bf16 or f16 [96]")),
+    "mistyped": Case(
+        put("norm.weight", "I32", [96], 4), ("norm.weight is I32[96]", "f32 or bf16 or f16 [96]")
+    ),
     "fp8 embedding": Case(put("embed.weight", "F8_E4M3", [61, 96], 1), ("embed.weight is F8_E4M3", "bf16")),
     "fp4 attention": Case(put(QA, "I8", [48, 48], 1), (QA, "I8[48, 48]", "f8e4m3")),
     "float table": Case(put(TABLE, "F32", [61, 2], 4), (TABLE, "F32", "i64 or i32 [61, 2]")),
@@ -297,16 +337,24 @@ CONTENT: dict[str, Case] = {
     "fp4 scale missing": Case(drop(W1_SCALE), (f"{W1_SCALE} is missing", "[56, 3]")),
     "scale misshaped": Case(put(W1_SCALE, "F8_E8M0", [56, 4], 1), (W1_SCALE, "[56, 4]", "[56, 3]")),
     "scale mistyped": Case(put(QA_SCALE, "BF16", [1, 1], 2), (QA_SCALE, "BF16[1, 1]", "f8e8m0 or f32")),
-    "scale of a float": Case(put(QA, "BF16", [48, 96], 2), (QA_SCALE, "no use", "neither FP8 nor packed FP4")),
+    "scale of a float": Case(
+        put(QA, "BF16", [48, 96], 2), (QA_SCALE, "no use", "neither FP8 nor packed FP4")
+    ),
     "two namings": Case(
         put("model.layers.0.input_layernorm.weight", "BF16", [96], 2),
         ("model.layers.0.input_layernorm.weight", "both are 'layers.0.attn_norm.weight'"),
     ),
-    "hash layers wrong": Case(config(num_hash_layers=0), ("layers.0.ffn.gate.bias is missing", "tid2eid", "no use")),
+    "hash layers wrong": Case(
+        config(num_hash_layers=0), ("layers.0.ffn.gate.bias is missing", "tid2eid", "no use")
+    ),
     "layer kinds wrong": Case(config(compress_ratios=[0, 4, 4, 4]), ("layers.2.attn.indexer.wq_b",)),
-    "stack of other count": Case(put(STACK, "F32", [3, 112, 96], 4), (STACK, "[3, 112, 96]", "[4, 112, 96]"), "stacked"),
+    "stack of other count": Case(
+        put(STACK, "F32", [3, 112, 96], 4), (STACK, "[3, 112, 96]", "[4, 112, 96]"), "stacked"
+    ),
     "stack of one half": Case(put(STACK, "F32", [4, 56, 96], 4), ("[4, 56, 96]", "[4, 112, 96]"), "stacked"),
-    "tile spans the halves": Case(lambda r: None, ("gate_up_proj_scale_inv", "multiple of 128"), "stacked fp8"),
+    "tile spans the halves": Case(
+        lambda r: None, ("gate_up_proj_scale_inv", "multiple of 128"), "stacked fp8"
+    ),
     "e8m0 scale nan": Case(poke(W1_SCALE, np.uint8(255), 5), (W1_SCALE, "255", "NaN")),
     "f32 scale nan": Case(poke(QA_SCALE, F32(np.nan)), (QA_SCALE, "not finite and positive"), "f32 scales"),
     "f32 scale infinite": Case(poke(QA_SCALE, F32(np.inf)), (QA_SCALE, "not finite"), "f32 scales"),
@@ -317,6 +365,6 @@ CONTENT: dict[str, Case] = {
     "expert id too large": Case(poke(TABLE, I64(4), 16), (TABLE, "token 1 to expert 4", "0 to 3")),
     "expert id negative": Case(poke(TABLE, I64(-1)), (TABLE, "token 0 to expert -1")),
     "expert twice": Case(poke(TABLE, np.array([3, 3], I64), 32), (TABLE, "token 2 to one expert twice")),
-}  # fmt: skip
+}
 
 CASES = FILES | CONTENT

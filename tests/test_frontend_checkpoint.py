@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,11 @@ from broken_checkpoints import CASES, INDEX, SINGLE, read, write
 
 from dsv4c.errors import CheckpointError, ConfigError, Dsv4cError, UsageError
 from dsv4c.frontend.checkpoint import Checkpoint, open_checkpoint
-from dsv4c.frontend.generate import STYLES, generate_checkpoint
+from dsv4c.frontend.generate import STYLES, generate_checkpoint, main
 from dsv4c.frontend.naming import resolve, saved_name, transformers_name
 from dsv4c.frontend.safetensors import TensorFiles
 from dsv4c.frontend.table import Role, expected_tensors
-from dsv4c.ir.dtypes import DType, bf16_to_f32
+from dsv4c.ir.dtypes import DType, bf16_to_f32, decode
 from dsv4c.ir.weights import materialise, values
 
 Make = Callable[..., Path]
@@ -123,8 +124,6 @@ def test_quantised_stacks_of_experts(copied: Make, made: Make) -> None:
     c = open_checkpoint(root)
     stack = "model.layers.2.mlp.experts.gate_up_proj"
     codes, scale = c.files.read(stack), c.files.read(f"{stack}_scale_inv")
-    from dsv4c.ir.dtypes import decode
-
     for which, start in (("w1", 0), ("w3", 56)):
         tile = np.repeat(np.repeat(scale[3, start // 8 : start // 8 + 7], 8, 0), 8, 1)
         expected = decode(codes[3, start : start + 56], DType.F8E4M3) * tile
@@ -254,8 +253,10 @@ def test_every_published_name_has_its_aliases(made: Make) -> None:
         ("model.layers.0.attn.norm.weight", "layers.0.attn.kv_norm.weight"),
         ("model.layers.7.self_attn.kv_norm.weight", "layers.7.attn.kv_norm.weight"),
         ("layers.7.self_attn.compressor.kv_norm.weight", "layers.7.attn.compressor.norm.weight"),
-        ("layers.7.self_attn.compressor.indexer.kv_norm.weight", "layers.7.attn.indexer.compressor.norm.weight"),
-        ("layers.2.self_attn.compressor.indexer.scorer.weights_proj.weight", "layers.2.attn.indexer.weights_proj.weight"),
+        ("layers.7.self_attn.compressor.indexer.kv_norm.weight",
+         "layers.7.attn.indexer.compressor.norm.weight"),
+        ("layers.2.self_attn.compressor.indexer.scorer.weights_proj.weight",
+         "layers.2.attn.indexer.weights_proj.weight"),
         ("model.layers.12.mlp.gate.e_score_correction_bias", "layers.12.ffn.gate.bias"),
         ("model.layers.3.mlp.experts.11.up_proj.weight_scale_inv", "layers.3.ffn.experts.11.w3.scale"),
         ("model.layers.3.self_attn.o_a_proj.weight_scale_inv", "layers.3.attn.wo_a.scale"),
@@ -351,8 +352,6 @@ def test_generator_refuses(tmp_path: Path, made: Make) -> None:
 
 
 def json_of(root: Path) -> dict[str, object]:
-    import json
-
     return json.loads((root / "config.json").read_text())
 
 
@@ -364,8 +363,6 @@ def test_generator_with_experts_of_odd_width(made: Make, tmp_path: Path) -> None
 
 
 def test_generator_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from dsv4c.frontend.generate import main
-
     assert main([str(tmp_path / "m"), "--dtype", "bf16", "--style", "saved"]) == 0
     assert open_checkpoint(capsys.readouterr().out.strip()).config.hidden_size == 96
     with pytest.raises(SystemExit, match="2"):

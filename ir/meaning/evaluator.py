@@ -43,12 +43,19 @@ class Evaluator:
 
     Args:
         precision: np.float32 or np.float64.
+        keep_weights: False reads every weight anew in each step and only when a row needs it, which bounds
+            memory by one weight.
     """
 
     def __init__(
-        self, module: Module, store: lazy.TensorStore, precision: npt.DTypeLike = np.float32
-    ) -> None:
-        self.module, self.store, self.precision = module, store, np.dtype(precision)
+        self, module: Module, store: lazy.TensorStore | None = None, precision: npt.DTypeLike = np.float32,
+        keep_weights: bool = True,
+    ) -> None:  # fmt: skip
+        self.module, self.precision, self.keep_weights = module, np.dtype(precision), keep_weights
+        found = store or module.store
+        if found is None:
+            raise EvalError("the module has no weights to evaluate", where=module.name, hint="load it from a checkpoint")
+        self.store = found
         self._weights: dict[Op, Arr] = {}
 
     def fresh_state(self, **dims: int) -> dict[str, Arr]:
@@ -64,7 +71,7 @@ class Evaluator:
             EvalError: inputs are missing or disagree with the module's types.
         """
         env: dict[str, int] = {}
-        values: dict[Value, Arr] = {}
+        values: dict[Value, Arr] = {}  # of everything but weights
         for name, value in self.module.arguments().items():
             given = {**inputs, **state}.get(name)
             if given is None:
@@ -83,20 +90,38 @@ class Evaluator:
     def _run(self, values: dict[Value, Arr]) -> Iterator[tuple[Op, tuple[Arr, ...]]]:
         for op in self.module.ops:
             if op.weight is not None:
-                yield op, (self._weight(op),)
                 continue
             function = meaning_of(op.name)
             assert function is not None, op.name
-            result = function(op, *(values[v] for v in op.operands))
+            result = self._no_rows(op, values)
+            if result is None:
+                result = function(op, *(self._value(v, values) for v in op.operands))
             results = result if isinstance(result, tuple) else (result,)
             yield op, tuple(self._round(r, v.type) for r, v in zip(results, op.results, strict=True))
 
+    def _no_rows(self, op: Op, values: dict[Value, Arr]) -> Arr | None:
+        """A product over no rows (an expert that no token chose) needs no weight."""
+        if op.name != "linear" or len(values[op.operands[0]]):
+            return None
+        n = op.operands[1].type.shape[0]
+        assert isinstance(n, int)
+        return np.zeros((0, n), self.precision)
+
+    def _value(self, value: Value, values: dict[Value, Arr]) -> Arr:
+        if value in values:
+            return values[value]
+        assert value.producer is not None
+        return self._weight(value.producer)
+
     def _weight(self, op: Op) -> Arr:
-        if op not in self._weights:
-            assert op.weight is not None
-            array = lazy.values(op.weight, self.store)
-            self._weights[op] = array.astype(self.precision) if op.weight.dtype.is_float else array
-        return self._weights[op]
+        if op in self._weights:
+            return self._weights[op]
+        assert op.weight is not None
+        array = lazy.values(op.weight, self.store)
+        array = array.astype(self.precision, copy=False) if op.weight.dtype.is_float else array
+        if self.keep_weights:
+            self._weights[op] = array
+        return array
 
     def _dtype(self, type_: TensorType) -> np.dtype[np.generic]:
         return self.precision if type_.dtype.is_float else type_.dtype.storage

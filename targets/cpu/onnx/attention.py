@@ -5,6 +5,8 @@ Old and new entries are never joined: each is scored, masked and mixed by itself
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import inf
 
 from onnx import TensorProto
@@ -29,7 +31,7 @@ def rotary(g: Context, op: Op) -> V:
     width, rope = size(op, 0, -1), 2 * size(op, 1, 2)
     heads = size(op, 0, 2) if op.operands[0].type.rank == 4 else 1
     sin = g.negated(sin) if op.attrs["inverse"] else sin
-    kept, turned = g.multi("Split", 2, x, [width - rope, rope], axis=-1) if rope < width else ("", x)
+    kept, turned = g.multi("Split", 2, x, [width - rope, rope], axis=-1) if rope < width else (None, x)
     turned = g.op("RotaryEmbedding", g.reshape(turned, 0, 0, heads * rope), cos, sin, interleaved=1, num_heads=heads)
     if op.operands[0].type.rank == 4:
         turned = g.reshape(turned, 0, 0, heads, rope)
@@ -123,7 +125,7 @@ def index_select(g: Context, op: Op) -> V:
         here, by = _tokens(g, q, start, count), g.op("Unsqueeze", _tokens(g, weights, start, count), [2])
         scores = [g.op("Squeeze", g.op("MatMul", by, g.op("Relu", _dots(g, op, here, k, 1.0))), [2])
                   for k in (keys.old, keys.new)]  # fmt: skip
-        masks = _visible(g, keys, first, _seen(g, pos, start, count, ratio))
+        masks = _is_old(g, keys, first), _is_seen(g, keys, first, _seen(g, pos, start, count, ratio))
         masked = [g.op("Where", m, s, -inf) for m, s in zip(masks, scores, strict=True)]
         top, column_ = g.multi("TopK", 2, g.op("Concat", *masked, axis=-1), best, axis=-1)
         # Columns ascend by id among the visible ones, so TopK's lower column is the lower id.
@@ -145,11 +147,14 @@ def _seen(g: Context, pos: V, start: V, count: V, ratio: int) -> V:
     return g.op("Unsqueeze", g.op("Div", g.op("Add", here, 1), ratio), [2])
 
 
-def _visible(g: Context, entries: Entries, first: V, seen: V) -> tuple[V, V]:
-    """BOOL [B,1,U] and [B,n,E]: old rows are entries below `first`; new ones must be seen by the token."""
-    old = g.op("Less", g.iota(g.dim(entries.old, 1), 1, 1, -1), column(g, first, 2))
-    new = g.op("Add", column(g, first, 2), g.iota(g.dim(entries.new, 1), 1, 1, -1))
-    return old, g.op("Less", new, seen)
+def _is_old(g: Context, entries: Entries, first: V) -> V:
+    """BOOL [B,1,U]: the old rows that are entries of this sequence."""
+    return g.op("Less", g.iota(g.dim(entries.old, 1), 1, 1, -1), column(g, first, 2))
+
+
+def _is_seen(g: Context, entries: Entries, first: V, seen: V) -> V:
+    """BOOL [B,n,E]: the new rows each token may see."""
+    return g.op("Less", g.op("Add", column(g, first, 2), g.iota(g.dim(entries.new, 1), 1, 1, -1)), seen)
 
 
 def _tokens(g: Context, x: V, start: V, count: V) -> V:
@@ -167,29 +172,114 @@ def _dots(g: Context, op: Op, q: V, keys: V, factor: float) -> V:
 # ----------------------------------------------------------------------------------- attention
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Some of the keys of a block of tokens: masked logits [B,n,H,S], keys [B,S,D] or, `own`, [B,n,S,D]."""
+
+    logits: V
+    keys: V
+    own: bool = False
+
+
+_Source = Callable[[V, V, V], _Part]
+"""(queries of the block [B,n,H,D], first token, token count) -> its keys of one kind."""
+
+
 def attention(g: Context, op: Op) -> V:
-    """q [B,T,H,D], kv [B,T,D], ring [B,R,D], sinks [H], pos, n_valid [B], entries?, selected? [B,T,K] -> [B,T,H,D]."""
-    q, pos = g.tensor(op, 0), g.tensor(op, 4)
-    heads, width, ring = size(op, 0, 2), size(op, 0, 3), size(op, 2, 1)
-    spot = g.op("Mod", g.op("Add", column(g, pos), g.iota(g.shape(ring))), ring)
-    window = g.op("Concat", g.gather_rows(g.tensor(op, 2), spot), g.tensor(op, 1), axis=1)
-    sources = [_Window(g, op, window)]
+    """q [B,T,H,D], kv [B,T,D], ring [B,R,D], sinks [H], pos, n_valid [B], entries?, selected? -> [B,T,H,D].
+
+    The sink is one more logit of the softmax, whose probability nothing is multiplied by.
+    """
+    q, sinks, heads = g.tensor(op, 0), g.tensor(op, 3), size(op, 0, 2)
+    sources = [_window(g, op)]
+    floats = g.shape(2 * size(op, 2, 1) * 3 * heads)
     if len(op.operands) == 7:
-        sources += _all_entries(g, op)
+        sources += [_every_old(g, op), _every_new(g, op)]
+        entries = g.entries(op, 6)
+        floats = g.op("Add", floats, g.op("Mul", g.op("Add", g.dim(entries.old, 1), g.dim(entries.new, 1)), 3 * heads))
     if len(op.operands) == 8:
-        sources.append(_Selected(g, op))
+        sources.append(_selected(g, op))
+        floats = g.op("Add", floats, g.op("Mul", g.dim(g.tensor(op, 7), 2), 3 * (heads + size(op, 0, 3))))
 
     def block(start: V, count: V) -> V:
         here = _tokens(g, q, start, count)
-        parts = [s.at(here, start, count) for s in sources]
+        parts = [source(here, start, count) for source in sources]
         rows = g.shape(g.dim(q, 0), count, 1, 1)
-        sink = g.op("Expand", g.reshape(g.tensor(op, 3), 1, 1, heads, 1), rows)
-        sizes = g.shape(*(g.dim(logits, 3) for logits, _ in parts), 1)
-        p = g.op("Softmax", g.op("Concat", *(logits for logits, _ in parts), sink, axis=-1), axis=-1)
+        sink = g.op("Expand", g.reshape(sinks, 1, 1, heads, 1), rows)
+        p = g.op("Softmax", g.op("Concat", *(part.logits for part in parts), sink, axis=-1), axis=-1)
+        sizes = g.shape(*(g.dim(part.logits, 3) for part in parts), 1)
         weights = g.multi("Split", len(parts) + 1, p, sizes, axis=-1)[:-1]
-        mixed = [_mix(g, op, w, keys) for w, (_, keys) in zip(weights, parts, strict=True)]
-        return g.op("Sum", *mixed)
+        mixed = [_mix(g, op, w, part, here) for w, part in zip(weights, parts, strict=True)]
+        return g.reshape(g.op("Sum", *mixed), 0, 0, heads * size(op, 0, 3))
 
-    per_token = g.op("Mul", _per_token(g, op, sources), g.dim(q, 0))
-    out = over_token_blocks(g, g.dim(q, 1), per_token, max(ring, 16), block)
-    return g.reshape(out, 0, 0, heads, width)
+    cap = max(size(op, 2, 1), 16)  # within a block every token is scored against every other
+    per_token = g.op("Mul", floats, g.dim(q, 0))
+    return g.reshape(over_token_blocks(g, g.dim(q, 1), per_token, cap, block), 0, 0, heads, size(op, 0, 3))
+
+
+def _mix(g: Context, op: Op, weights: V, part: _Part, like: V) -> V:
+    """weights [B,n,H,S] of the keys of `part` -> [B,n,H,D]."""
+    if part.own:
+        return g.op("MatMul", weights, part.keys)
+    flat = g.reshape(weights, 0, -1, g.dim(part.keys, 1))
+    return g.op("Reshape", g.op("MatMul", flat, part.keys), g.op("Shape", like))
+
+
+def _window(g: Context, op: Op) -> _Source:
+    """The last tokens: the ring, oldest first, followed by this call's; token t's own row is R + t."""
+    ring, pos, window, scale = size(op, 2, 1), g.tensor(op, 4), integer(op, "window"), number(op, "scale")
+    slot = g.op("Mod", g.op("Add", column(g, pos), g.iota(g.shape(ring))), ring)
+    rows = g.op("Concat", g.gather_rows(g.tensor(op, 2), slot), g.tensor(op, 1), axis=1)
+    empty = column(g, g.op("Sub", ring, pos), 3)  # rows before position 0
+
+    def part(q: V, start: V, count: V) -> _Part:
+        span = g.op("Add", count, ring)
+        keys = _tokens(g, rows, start, span)
+        row = g.iota(span, 1, 1, 1, -1)
+        age = g.op("Sub", g.op("Add", g.iota(count, 1, -1, 1, 1), ring), row)
+        near = g.op("And", g.op("GreaterOrEqual", age, 0), g.op("Less", age, window))
+        mask = g.op("And", near, g.op("GreaterOrEqual", g.op("Add", row, start), empty))
+        return _Part(g.op("Where", mask, _dots(g, op, q, keys, scale), -inf), keys)
+
+    return part
+
+
+def _every_old(g: Context, op: Op) -> _Source:
+    """Every entry of earlier calls."""
+    entries, first, scale = g.entries(op, 6), _first(g, op), number(op, "scale")
+    mask = g.op("Unsqueeze", _is_old(g, entries, first), [2])
+    return lambda q, start, count: _Part(
+        g.op("Where", mask, _dots(g, op, q, entries.old, scale), -inf), entries.old
+    )
+
+
+def _every_new(g: Context, op: Op) -> _Source:
+    """The entries of this call, each from the token on that closes it."""
+    entries, first, scale, pos = g.entries(op, 6), _first(g, op), number(op, "scale"), g.tensor(op, 4)
+
+    def part(q: V, start: V, count: V) -> _Part:
+        seen = _seen(g, pos, start, count, integer(op, "ratio"))
+        mask = g.op("Unsqueeze", _is_seen(g, entries, first, seen), [2])
+        return _Part(g.op("Where", mask, _dots(g, op, q, entries.new, scale), -inf), entries.new)
+
+    return part
+
+
+def _selected(g: Context, op: Op) -> _Source:
+    """The entries the indexer chose, gathered per token."""
+    entries, first, ids, scale = g.entries(op, 6), column(g, _first(g, op), 2), g.tensor(op, 7), number(op, "scale")
+
+    def part(q: V, start: V, count: V) -> _Part:
+        chosen = _tokens(g, ids, start, count)
+        old = g.gather_rows(entries.old, clip(g, chosen, g.dim(entries.old, 1)))
+        new = g.gather_rows(entries.new, clip(g, g.op("Sub", chosen, first), g.dim(entries.new, 1)))
+        keys = g.op("Where", g.op("Unsqueeze", g.op("Less", chosen, first), [-1]), old, new)
+        mask = g.op("Unsqueeze", g.op("GreaterOrEqual", chosen, 0), [2])
+        return _Part(g.op("Where", mask, g.matmul_t(q, keys, scale), -inf), keys, own=True)
+
+    return part
+
+
+def _first(g: Context, op: Op) -> V:
+    """INT64 [B]: the id of new entry 0."""
+    return g.op("Div", g.tensor(op, 4), integer(op, "ratio"))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from dsv4c.errors import TargetError
 from dsv4c.ir.graph import Op, Value
 
-from .graph import Graph, V
+from .graph import Graph, V as V
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +18,27 @@ from dsv4c.ir.dims import Dim
 from dsv4c.ir.graph import Module
 from dsv4c.ir.weights import TensorStore, stream
 from dsv4c.runtime.container import ArtifactWriter
+from dsv4c.targets.base import Arch, Progress
 
 from .context import Context
 from .lowering import LOWERINGS
 
-Progress = Callable[[str, int, int], None]
-"""Called with (what, done, total)."""
 
-
-def emit_tvm(
-    module: Module, store: TensorStore, writer: ArtifactWriter, cpu: dict[str, str], progress: Progress
-) -> None:
+def emit_tvm(module: Module, store: TensorStore, writer: ArtifactWriter, arch: Arch, progress: Progress) -> None:
     """Write sections `code` and `tvm_runtime`, the packed weights, and meta `tvm`.
-
-    Args:
-        cpu: LLVM target attributes (`mcpu`, and `mtriple` when cross-compiling).
 
     Raises:
         TargetError: an op has no lowering.
         ToolchainError: no linker is found.
     """
+    cpu = cross_attributes(arch)
     context, relax_module = build_relax(module)
     progress("code", 0, 1)
     code = compile_module(relax_module, cpu)
     progress("code", 1, 1)
     writer.add_section("code", code)
-    writer.add_section("tvm_runtime", _runtime_library().read_bytes())
+    if arch.machine == platform.machine():
+        writer.add_section("tvm_runtime", _runtime_library().read_bytes())
     total = sum(expr.nbytes for _, expr in context.packed.values())
     done = 0
     for name, (_, expr) in context.packed.items():
@@ -74,6 +69,14 @@ def build_relax(module: Module) -> tuple[Context, Any]:
         results = relax.Tuple([context.values[module.outputs[n]] for n in names])
         builder.emit_func_output(results, params=[*arguments, *(var for var, _ in context.packed.values())])
     return context, builder.get()
+
+
+def cross_attributes(arch: Arch) -> dict[str, str]:
+    """LLVM attributes of an arch; the triple only where the host differs."""
+    attributes = dict(arch.attributes)
+    if arch.machine == platform.machine():
+        attributes.pop("mtriple", None)
+    return attributes
 
 
 def _identifier(name: str) -> str:

@@ -1,0 +1,29 @@
+"""Arrays that compiled code may read with aligned vector loads."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+ALIGNMENT = 64
+"""Bytes; what compiled kernels assume of every buffer."""
+
+
+def zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Zeroed and aligned. Pages are touched only when written, so unused capacity costs no memory."""
+    size = prod(shape) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def aligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The array itself when aligned, writable and contiguous, else a copy that is."""
+    if array.ctypes.data % ALIGNMENT == 0 and array.flags.c_contiguous and array.flags.writeable:
+        return array
+    copy = zeros(array.shape, array.dtype)
+    copy[...] = array
+    return copy

@@ -1,0 +1,138 @@
+"""Runs the "onnx" section of an artifact with ONNX Runtime. Knows how states go in and come back, not what they mean.
+
+The model's weights are external data in the artifact file, which ONNX Runtime maps: nothing is copied. The
+model carries marks where the file's name and the offsets belong; they are overwritten here, in place and at
+equal length, so that an artifact may be renamed and no protobuf library is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dsv4c.errors import ArtifactError, SessionError, ToolchainError
+from dsv4c.runtime.container import Artifact
+
+Arr = npt.NDArray[Any]
+
+_LOCATION = re.compile(rb"@location@@{248}")
+_OFFSET = re.compile(rb"(?=@offset:(\d+)@)[@offset:\d]{20}")
+
+
+class OnnxBackend:
+    """One ONNX Runtime session over an opened artifact.
+
+    Args:
+        threads: threads of the session; None lets ONNX Runtime take every core.
+
+    Raises:
+        ToolchainError: onnxruntime is not installed.
+        ArtifactError: the artifact holds no ONNX model, or ONNX Runtime refuses it.
+    """
+
+    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+        ort = _onnxruntime()
+        if "onnx" not in artifact.meta:
+            raise ArtifactError("holds no ONNX model", where=str(artifact.path))
+        self._states: dict[str, dict[str, Any]] = artifact.meta["onnx"]["states"]
+        path = Path(os.path.abspath(artifact.path))
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.enable_mem_pattern = False  # plans are cached per input shape, and shapes grow with the text
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        for key, value in {
+            "session.disable_prepacking": "1",  # a packed copy of every weight would double the memory
+            "session.model_external_initializers_file_folder_path": str(path.parent),
+        }.items():
+            options.add_session_config_entry(key, value)
+        try:
+            self._session = ort.InferenceSession(placed_model(artifact), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime has an exception type per status, with no public base
+            raise ArtifactError(f"ONNX Runtime refuses the model: {error}", where=str(path)) from error
+        self._outputs = ["logits", *(s["output"] for s in self._states.values())]
+
+    def step(self, tokens: Arr, n_valid: Arr, rows: Arr, state: dict[str, Arr]) -> npt.NDArray[np.float32]:
+        """One step; `state` is updated in place.
+
+        Args:
+            tokens: i32 [B,T]; what stands beyond `n_valid` must still be token ids of the vocabulary.
+            n_valid: i32 [B], 0 .. T.
+            rows: i32 [B,L], tokens whose logits are wanted, 0 .. T-1.
+            state: every state of the artifact, as its "step" meta data declares them.
+
+        Returns:
+            f32 [B,L,vocab].
+
+        Raises:
+            SessionError: the entries would not fit their state.
+        """
+        before = state["pos"].astype(np.int64)
+        after = before + n_valid
+        feeds = {"tokens": tokens, "n_valid": n_valid, "rows": rows}
+        feeds = {name: np.ascontiguousarray(a, np.int32) for name, a in feeds.items()}
+        for name, how in self._states.items():
+            feeds[name] = _fed(state[name], before, how) if "ratio" in how else np.ascontiguousarray(state[name])
+            if "ratio" in how and int(after.max()) // how["ratio"] > state[name].shape[1]:
+                raise SessionError("the context is full", where=name, allowed=f"{state[name].shape[1]} entries")
+        logits, *results = self._session.run(self._outputs, feeds)
+        for (name, how), result in zip(self._states.items(), results, strict=True):
+            if "ratio" in how:
+                _append(state[name], result, before // how["ratio"], after // how["ratio"])
+            else:
+                np.copyto(state[name], result)
+        return np.asarray(logits, np.float32)
+
+
+def _fed(entries: Arr, pos: npt.NDArray[np.int64], how: dict[str, Any]) -> Arr:
+    """What the model sees of entries [B,capacity,D]: [B,U,D], U at least 1, without a copy where that is possible.
+
+    The used part of a batch is not contiguous. Where the model reads only the rows it picks, all of the
+    capacity goes in at no cost; where it reads everything, copying the used part costs less than the reading.
+    """
+    used = max(1, int(pos.max()) // how["ratio"])
+    if entries.shape[1] == 0:
+        return np.zeros((entries.shape[0], 1, entries.shape[2]), entries.dtype)
+    if how["read"] == "some":
+        return np.ascontiguousarray(entries if len(entries) > 1 else entries[:, :used])
+    return np.ascontiguousarray(entries[:, :used])
+
+
+def _append(entries: Arr, new: Arr, first: npt.NDArray[np.int64], last: npt.NDArray[np.int64]) -> None:
+    """Row b's entries first[b] .. last[b]-1 are the first rows of new[b]."""
+    for b, (start, stop) in enumerate(zip(first, last, strict=True)):
+        entries[b, start:stop] = new[b, : stop - start]
+
+
+def placed_model(artifact: Artifact) -> bytes:
+    """The ONNX model with the artifact's present file name and the offsets of its tensors filled in.
+
+    Raises:
+        ArtifactError: the file's name is too long.
+    """
+    names, width = artifact.meta["onnx"]["tensors"], 258
+    name = os.fsencode(artifact.path.name)
+    if len(name) > width - 2:
+        raise ArtifactError("the file's name is too long", where=str(artifact.path), allowed=f"{width - 2} bytes")
+    location = b".".ljust(width - len(name), b"/") + name  # repeated slashes count as one
+
+    def offset(mark: re.Match[bytes]) -> bytes:
+        return str(artifact.tensors[names[int(mark[1])]].offset).rjust(20, "0").encode()
+
+    return _OFFSET.sub(offset, _LOCATION.sub(lambda _: location, artifact.section("onnx")))
+
+
+def _onnxruntime() -> Any:
+    """The module; imported late, so that the runtime works without it."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ToolchainError(
+            "this artifact runs on ONNX Runtime, which is not installed", hint="pip install onnxruntime"
+        ) from error
+    return onnxruntime

@@ -1,0 +1,285 @@
+"""A session: one artifact, one batch of sequences, their state, and text generation over it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dsv4c.errors import ArtifactError, SessionError, ToolchainError, UsageError
+
+from . import buffers, snapshot
+from .container import Artifact
+from .sampling import Sampler, SamplingParams
+
+Logits = npt.NDArray[np.float32]
+DEFAULT_CONTEXT = 4096
+DEFAULT_CHUNK = 256
+"""Prompt tokens per step: enough to reuse weights over many rows, few enough to bound temporaries."""
+
+
+class Backend(Protocol):
+    """What executes a step; one class per artifact format."""
+
+    def step(
+        self, tokens: npt.NDArray[np.int32], n_valid: npt.NDArray[np.int32], rows: npt.NDArray[np.int32],
+        state: dict[str, npt.NDArray[Any]],
+    ) -> Logits: ...  # fmt: skip
+
+
+class Session:
+    """A loaded artifact with its state.
+
+    Args:
+        path: an artifact file, or an open `Artifact`.
+        batch: sequences run side by side.
+        context: positions to make room for; up to the checkpoint's maximum. None is the smaller of that
+            and 4096.
+        threads: worker threads; None takes every core.
+
+    Raises:
+        ArtifactError: the file is damaged or does not fit this machine.
+        UsageError: batch or context out of range.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str] | Artifact, batch: int = 1, context: int | None = None,
+        threads: int | None = None,
+    ) -> None:  # fmt: skip
+        self.artifact = path if isinstance(path, Artifact) else Artifact.open(path)
+        self.model: dict[str, Any] = self.artifact.meta["model"]
+        longest = int(self.model["max_positions"])
+        if batch < 1:
+            raise UsageError(f"batch = {batch}", where="Session", allowed="1 or more")
+        if context is not None and not 1 <= context <= longest:
+            raise UsageError(f"context = {context}", where="Session", allowed=f"1 to {longest}")
+        self.batch, self.context = batch, context or min(longest, DEFAULT_CONTEXT)
+        self.backend = load_backend(self.artifact, threads)
+        self.state = self._fresh()
+
+    def _fresh(self) -> dict[str, npt.NDArray[Any]]:
+        sizes = {"B": self.batch, "ctx": self.context}
+        return {
+            name: buffers.zeros(tuple(dimension(d, sizes) for d in s["shape"]), np.dtype(s["dtype"]))
+            for name, s in self.artifact.meta["step"]["states"].items()
+        }
+
+    @property
+    def position(self) -> npt.NDArray[np.int32]:
+        """[batch] tokens seen so far."""
+        return np.array(self.state["pos"])
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state at full context."""
+        return sum(a.nbytes for a in self.state.values())
+
+    # ------------------------------------------------------------------------- stepping
+
+    def step(self, tokens: npt.ArrayLike, n_valid: npt.ArrayLike | None = None) -> Logits:
+        """Feed tokens and get the logits after each.
+
+        Args:
+            tokens: integers [B,T], or [T] when batch is 1.
+            n_valid: [B] how many tokens of each row are real; None takes all.
+
+        Returns:
+            float32 [B,T,vocab]; rows of padding are unspecified.
+
+        Raises:
+            SessionError: wrong shape, ids outside the vocabulary, or no room left in the context.
+        """
+        ids, valid = self._inputs(tokens, n_valid)
+        rows = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+        return self.backend.step(ids, valid, np.ascontiguousarray(rows), self.state)
+
+    def _inputs(
+        self, tokens: npt.ArrayLike, n_valid: npt.ArrayLike | None
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        ids = np.asarray(tokens)
+        ids = ids[None] if ids.ndim == 1 and self.batch == 1 else ids
+        if ids.ndim != 2 or ids.shape[0] != self.batch or not ids.shape[1] or ids.dtype.kind not in "iu":
+            raise SessionError(
+                f"tokens are {ids.dtype}{list(ids.shape)}", where="step", allowed=f"integers [{self.batch}, T], T >= 1"
+            )
+        valid = np.full(self.batch, ids.shape[1]) if n_valid is None else np.asarray(n_valid)
+        if valid.shape != (self.batch,) or valid.min() < 0 or valid.max() > ids.shape[1]:
+            raise SessionError(f"n_valid = {valid.tolist()}", where="step", allowed=f"[{self.batch}] of 0..{ids.shape[1]}")
+        real = np.arange(ids.shape[1]) < valid[:, None]
+        vocab = int(self.model["vocab_size"])
+        if real.any() and (ids[real].min() < 0 or ids[real].max() >= vocab):
+            raise SessionError("a token id is outside the vocabulary", where="step", allowed=f"0..{vocab - 1}")
+        need = int((self.position + valid).max())
+        if need > self.context:
+            raise SessionError(
+                f"the context is full: {need} positions are needed", where="step", allowed=f"at most {self.context}",
+                hint=f"open the session with a larger context, up to {self.model['max_positions']}",
+            )  # fmt: skip
+        return np.where(real, ids, 0).astype(np.int32), valid.astype(np.int32)
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], chunk: int = DEFAULT_CHUNK,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Logits:  # fmt: skip
+        """Feed prompts of any lengths in chunks; returns each one's last logits, float32 [B,vocab]."""
+        if len(prompts) != self.batch or not all(len(p) for p in prompts):
+            raise SessionError(
+                f"{len(prompts)} prompts of lengths {[len(p) for p in prompts]}", where="prefill",
+                allowed=f"{self.batch} prompts of at least one token",
+            )  # fmt: skip
+        if chunk < 1:
+            raise UsageError(f"chunk = {chunk}", where="prefill", allowed="1 or more")
+        last = np.zeros((self.batch, int(self.model["vocab_size"])), np.float32)
+        longest = max(len(p) for p in prompts)
+        for start in range(0, longest, chunk):
+            parts = [list(p[start : start + chunk]) for p in prompts]
+            width = max(len(p) for p in parts)
+            ids, valid = self._inputs([p + [0] * (width - len(p)) for p in parts], [len(p) for p in parts])
+            rows = np.maximum(valid - 1, 0)[:, None].astype(np.int32)
+            logits = self.backend.step(ids, valid, rows, self.state)[:, 0]
+            ends = np.array([start < len(p) <= start + chunk for p in prompts])
+            last[ends] = logits[ends]
+            if progress:
+                progress(min(start + chunk, longest), longest)
+        return last
+
+    # ----------------------------------------------------------------------- generation
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, params: SamplingParams | None = None,
+        chunk: int = DEFAULT_CHUNK,
+    ) -> Iterator[list[int | None]]:  # fmt: skip
+        """Feed the prompts, then yield the next token of every row; None for rows that have stopped.
+
+        A stop token is yielded, then its row ends. Stop tokens are the checkpoint's end-of-sequence ids
+        and `params.stop_ids`.
+        """
+        if max_new_tokens < 0:
+            raise UsageError(f"max_new_tokens = {max_new_tokens}", where="generate", allowed="0 or more")
+        params = params or SamplingParams()
+        room = self.context - int(self.position.max()) - max(len(p) for p in prompts)
+        if max_new_tokens > room + 1:
+            raise SessionError(
+                f"{max_new_tokens} new tokens do not fit the context", where="generate", allowed=f"at most {max(room + 1, 0)}",
+                hint="open the session with a larger context",
+            )  # fmt: skip
+        sampler, stops = Sampler(params), {*self.model["eos"], *params.stop_ids}
+        alive, logits = np.ones(self.batch, bool), self.prefill(prompts, chunk)
+        for count in range(max_new_tokens):
+            picked = sampler.pick(logits)
+            yield [int(t) if ok else None for t, ok in zip(picked, alive, strict=True)]
+            alive &= ~np.isin(picked, list(stops))
+            if not alive.any() or count + 1 == max_new_tokens:
+                return
+            valid = alive.astype(np.int32)
+            rows = np.zeros((self.batch, 1), np.int32)
+            logits = self.backend.step(picked.astype(np.int32)[:, None], valid, rows, self.state)[:, 0]
+
+    def generate(
+        self, ids: Sequence[int] | Sequence[Sequence[int]], max_new_tokens: int, params: SamplingParams | None = None,
+        chunk: int = DEFAULT_CHUNK,
+    ) -> list[Any]:  # fmt: skip
+        """The new tokens: a list for one prompt of ids, a list of lists for a list of prompts.
+
+        Greedy unless `params` says otherwise. The session keeps its state, so a further call continues.
+        """
+        single = len(ids) > 0 and isinstance(ids[0], int | np.integer)
+        prompts: Any = [ids] if single else ids
+        out: list[list[int]] = [[] for _ in prompts]
+        for picked in self.stream(prompts, max_new_tokens, params, chunk):
+            for row, token in zip(out, picked, strict=True):
+                if token is not None:
+                    row.append(token)
+        return out[0] if single else out
+
+    # ------------------------------------------------------------------------- state
+
+    def reset(self) -> None:
+        """Forget everything; the session is as new."""
+        for array in self.state.values():
+            array[...] = 0
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a file that an equal artifact can load."""
+        snapshot.save(Path(path), self.state, self._identity())
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take the state from a file written by `save`.
+
+        Raises:
+            SessionError: not a saved session, or of another model, batch or context.
+        """
+        for name, array in snapshot.load(Path(path), self.state, self._identity()).items():
+            self.state[name][...] = array
+
+    def fork(self) -> Session:
+        """A second session at the same point; weights and code are shared, state is copied."""
+        twin = object.__new__(Session)
+        twin.__dict__.update(self.__dict__)
+        twin.state = self._fresh()
+        for name, array in self.state.items():
+            twin.state[name][...] = array
+        return twin
+
+    def _identity(self) -> dict[str, Any]:
+        return {"model": self.artifact.meta["identity"], "batch": self.batch, "context": self.context}
+
+
+def dimension(text: str, sizes: dict[str, int]) -> int:
+    """A state dimension from the manifest: a number, a symbol, or `symbol//number`."""
+    symbol, _, divisor = text.partition("//")
+    value = sizes[symbol] if symbol in sizes else int(symbol)
+    return value // int(divisor) if divisor else value
+
+
+def load_backend(artifact: Artifact, threads: int | None) -> Backend:
+    """The backend of an artifact's format, after checking that this machine can run it."""
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads = {threads}", where="Session", allowed="1 or more")
+    _check_machine(artifact)
+    if artifact.meta["format"] == "onnx":
+        from .onnx_backend import OnnxBackend
+
+        return OnnxBackend(artifact, threads)
+    try:
+        from .tvm_backend import TvmBackend
+    except ImportError as error:
+        raise ToolchainError(f"{error}", hint="pip install apache-tvm-ffi") from error
+    return TvmBackend(artifact, threads)
+
+
+def _check_machine(artifact: Artifact) -> None:
+    arch = artifact.meta["arch"]
+    if artifact.meta["format"] != "tvm":
+        return
+    if arch["machine"] != platform.machine():
+        raise ArtifactError(
+            f"compiled for {arch['machine']}, this machine is {platform.machine()}", where=str(artifact.path),
+            hint="compile with --target cpu on this machine",
+        )  # fmt: skip
+    missing = sorted(set(arch["requires"]) - _cpu_flags()) if _cpu_flags() else []
+    if missing:
+        raise ArtifactError(
+            f"compiled for {arch['name']}, this CPU lacks {', '.join(missing)}", where=str(artifact.path),
+            hint="compile with --target cpu:x86-64-v3 or cpu:x86-64-v2",
+        )  # fmt: skip
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    line = next((x for x in text.splitlines() if x.startswith(("flags", "Features"))), "")
+    return frozenset(line.partition(":")[2].split())
+
+
+def describe(artifact: Artifact) -> str:
+    """The manifest's meta as JSON text, for messages and `inspect`."""
+    return json.dumps(artifact.meta, indent=2, sort_keys=True)

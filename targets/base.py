@@ -1,0 +1,84 @@
+"""What a target is: a frozen value that validates itself, with its legal ops, passes and emitters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from dsv4c.errors import TargetError, unknown
+from dsv4c.ir.graph import Module
+from dsv4c.ir.weights import TensorStore
+
+if TYPE_CHECKING:
+    from dsv4c.runtime.container import ArtifactWriter
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total)."""
+
+Emitter = Callable[[Module, TensorStore, "ArtifactWriter", "Arch", Progress], None]
+"""Writes code and weights of a TARGET-level module into an artifact."""
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One kind of machine of a target.
+
+    Attributes:
+        attributes: what the code generator is told (LLVM `mcpu`, `mtriple`).
+        requires: CPU feature flags the machine must have to run the code, as the kernel spells them.
+        machine: `platform.machine()` of the machine.
+    """
+
+    name: str
+    attributes: Mapping[str, str]
+    requires: tuple[str, ...] = ()
+    machine: str = "x86_64"
+
+
+@dataclass(frozen=True)
+class Format:
+    """An artifact format: how the weights are stored, which packages it needs, and its emitter.
+
+    Attributes:
+        passes: the pipeline from MODEL to TARGET, as text.
+        packages: import name -> what to install, looked for before any long work.
+        load: imports the emitter; late, because it needs those packages.
+    """
+
+    name: str
+    passes: str
+    packages: Mapping[str, str]
+    load: Callable[[], Emitter]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A family of machines. Raises `TargetError` when it contradicts itself."""
+
+    name: str
+    doc: str
+    archs: tuple[Arch, ...]
+    ops: frozenset[str]
+    formats: tuple[Format, ...]
+    default_arch: Callable[[], str]
+    numerics: tuple[str, ...] = field(default=("exact",))
+
+    def __post_init__(self) -> None:
+        for what, names in (("arch", [a.name for a in self.archs]), ("format", [f.name for f in self.formats])):
+            if not names or len(set(names)) != len(names):
+                raise TargetError(f"{what}s must be distinct and at least one, got {names}", where=self.name)
+
+    def arch(self, name: str) -> Arch:
+        """The arch of that name; "" is the default one."""
+        name = name or self.default_arch()
+        for arch in self.archs:
+            if arch.name == name:
+                return arch
+        raise unknown("arch", name, [a.name for a in self.archs], TargetError, self.name)
+
+    def format(self, name: str) -> Format:
+        for candidate in self.formats:
+            if candidate.name == name:
+                return candidate
+        raise unknown("format", name, [f.name for f in self.formats], TargetError, self.name)

@@ -1,0 +1,138 @@
+"""From a TARGET-level module to the "onnx" section, the weights, and the "onnx" meta data of an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from onnx import TensorProto, ValueInfoProto, helper
+
+from dsv4c.errors import TargetError
+from dsv4c.ir.dtypes import DType
+from dsv4c.ir.graph import Module, Op, Value
+from dsv4c.ir.weights import TensorStore
+from dsv4c.runtime.container import ArtifactWriter
+
+from .lowering import Context, Entries, V, integer
+from .stored import store_weight
+from .table import LOWERINGS
+
+Progress = Callable[[str, int, int], None]
+"""(tensor name, bytes done, bytes in all)"""
+
+
+def emit_onnx(module: Module, store: TensorStore, writer: ArtifactWriter, progress: Progress | None = None) -> None:
+    """Write `module` as an ONNX model whose weights lie in the artifact as f32 and i32 tensors.
+
+    The model's inputs are the module's arguments under their own names. Its outputs are the module's outputs;
+    the value of state `s` after the step is called `s.after`, and of entries it holds the new rows only.
+    meta["onnx"] = {"tensors": [names, in the order of the marks], "states": {name: {"output", and for entries
+    "ratio" and "read"}}}; "read" is "some" when only gathers touch the old rows, else "all".
+
+    Args:
+        progress: called after each tensor with its name, the bytes done and the bytes in all.
+
+    Raises:
+        TargetError: an op has no lowering, or a value is used in a way the dialect cannot express.
+    """
+    _check(module)
+    g = Context()
+    weights = _store_weights(g, module, store, writer, progress)
+    inputs = [_argument(g, name, value) for name, value in module.arguments().items()]
+    for op in module.ops:
+        if op.weight is None:
+            _lower(g, op)
+    g.where = "outputs"
+    outputs = [_output(g, name, value, module) for name, value in module.outputs.items()]
+    model = g.model(inputs, outputs, weights)
+    writer.add_section("onnx", model.SerializeToString())
+    writer.set_meta("onnx", {"tensors": [w.name for w in weights], "states": _states(module)})
+
+
+def _check(module: Module) -> None:
+    for op in module.ops:
+        if op.weight is None and op.name not in LOWERINGS:
+            raise TargetError(
+                f"{op.name} has no ONNX lowering", where=op.loc or module.name, allowed=", ".join(sorted(LOWERINGS))
+            )  # fmt: skip
+
+
+def _store_weights(
+    g: Context, module: Module, store: TensorStore, writer: ArtifactWriter, progress: Progress | None
+) -> list[TensorProto]:
+    ops = [op for op in module.weights() if op.result.uses]
+    total, done, out = sum(op.weight.nbytes for op in ops if op.weight), 0, []
+    for index, (op, name) in enumerate(zip(ops, _names(ops), strict=True)):
+        out.append(store_weight(op, name, index, store, writer))
+        g.values[op.result] = V(name)
+        assert op.weight is not None
+        done += op.weight.nbytes
+        if progress:
+            progress(name, done, total)
+    return out
+
+
+def _names(ops: Iterable[Op]) -> list[str]:
+    """The locations, made unique where two weights share one."""
+    seen: dict[str, int] = {}
+    out = []
+    for op in ops:
+        base = op.loc or "weight"
+        seen[base] = seen.get(base, 0) + 1
+        out.append(base if seen[base] == 1 else f"{base}#{seen[base]}")
+    return out
+
+
+def _lower(g: Context, op: Op) -> None:
+    g.where = op.loc or op.name
+    result = LOWERINGS[op.name](g, op)
+    results = result if isinstance(result, tuple) else (result,)
+    g.values.update(zip(op.results, results, strict=True))
+
+
+def _argument(g: Context, name: str, value: Value) -> ValueInfoProto:
+    """Declare an input; integers go on as INT64."""
+    integers = value.type.dtype is DType.I32
+    g.where = name
+    g.values[value] = g.op("Cast", V(name), to=TensorProto.INT64) if integers else V(name)
+    appended = _append_of(value)
+    shape: list[int | str] = [d if isinstance(d, int) else str(d) for d in value.type.shape]
+    if appended:
+        shape[1] = f"used.{name}"
+    return helper.make_tensor_value_info(name, TensorProto.INT32 if integers else TensorProto.FLOAT, shape)
+
+
+def _output(g: Context, name: str, value: Value, module: Module) -> ValueInfoProto:
+    lowered = g.values[value]
+    tensor = lowered.new if isinstance(lowered, Entries) else lowered
+    integers = value.type.dtype is DType.I32
+    border = output_name(name, module)
+    if integers:
+        tensor = g.op("Cast", tensor, to=TensorProto.INT32)
+    g.alias(tensor, border)
+    return helper.make_tensor_value_info(border, TensorProto.INT32 if integers else TensorProto.FLOAT, None)
+
+
+def output_name(name: str, module: Module) -> str:
+    """The ONNX name of a module output: a state's differs from that of the input it replaces."""
+    return f"{name}.after" if name in module.states else name
+
+
+def _append_of(state: Value) -> Op | None:
+    """The `entries_append` that extends a state, if it is one of entries."""
+    return next((op for op, index in state.uses if op.name == "entries_append" and index == 0), None)
+
+
+def _states(module: Module) -> dict[str, dict[str, object]]:
+    out: dict[str, dict[str, object]] = {}
+    for name, value in module.states.items():
+        out[name] = {"output": output_name(name, module)}
+        append = _append_of(value)
+        if append is not None:
+            out[name] |= {"ratio": integer(append, "ratio"), "read": _reading(append.result)}
+    return out
+
+
+def _reading(entries: Value) -> str:
+    """"some" when every reader picks rows by id, so that rows it does not pick cost nothing."""
+    picks = (op.name == "attention" and len(op.operands) == 8 for op in entries.users())
+    return "some" if all(picks) else "all"

@@ -1,0 +1,75 @@
+"""The CPU target as a value: archs, legal ops, pipelines, formats."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from dsv4c.targets.base import Arch, Emitter, Format, Target
+
+_V2 = ("cx16", "popcnt", "sse4_1", "sse4_2", "ssse3")
+_V3 = (*_V2, "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
+_V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+
+ARCHS = (
+    Arch("x86-64-v4", {"mcpu": "x86-64-v4"}, _V4),
+    Arch("x86-64-v3", {"mcpu": "x86-64-v3"}, _V3),
+    Arch("x86-64-v2", {"mcpu": "x86-64-v2"}, _V2),
+    Arch("aarch64", {"mtriple": "aarch64-linux-gnu", "mcpu": "generic"}, (), "aarch64"),
+)
+"""The psABI levels and generic 64-bit ARM; an artifact runs on every machine that has its arch's features."""
+
+OPS = frozenset({
+    "weight", "embed", "repeat_streams", "linear", "grouped_linear", "rms_norm", "unit_norm", "split_heads", "add",
+    "scale", "gather_rows", "clamped_swiglu", "positions", "entry_positions", "advance", "ring_write",
+    "entries_append", "rope_angles", "rotary", "position_bias", "compress", "index_select", "attention", "hc_mix",
+    "hc_collapse", "hc_expand", "hc_head_mix", "sqrt_softplus", "route_topk", "route_hash", "route_weights",
+    "expert_mlp",
+})  # fmt: skip
+"""What may reach an emitter; experts are grouped and index scores are never kept."""
+
+_FUSE = "merge_common_subexpressions,fuse_swiglu,fuse_index_select,fuse_experts"
+
+
+def host_arch() -> str:
+    """The highest arch whose features this machine has."""
+    machine, flags = platform.machine(), host_flags()
+    for arch in ARCHS:
+        if arch.machine == machine and flags.issuperset(arch.requires):
+            return arch.name
+    return ARCHS[-1].name if machine == "aarch64" else "x86-64-v2"
+
+
+def host_flags() -> frozenset[str]:
+    """Feature flags of the first core, as the kernel spells them; empty where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return frozenset(flags.partition(":")[2].split())
+
+
+def _load_tvm() -> Emitter:
+    from .tvm.emit import emit_tvm
+
+    return emit_tvm
+
+
+def _load_onnx() -> Emitter:
+    from .onnx import emit_onnx
+
+    return lambda module, store, writer, arch, progress: emit_onnx(module, store, writer, progress)
+
+
+CPU = Target(
+    name="cpu",
+    doc="x86-64 and 64-bit ARM processors, by LLVM or ONNX Runtime",
+    archs=ARCHS,
+    ops=OPS,
+    formats=(
+        Format("tvm", _FUSE + ',narrow_weights{storage="auto"}', {"tvm": "apache-tvm"}, _load_tvm),
+        Format("onnx", _FUSE + ',narrow_weights{storage="f32"}', {"onnx": "onnx", "onnx_ir": "onnx-ir"}, _load_onnx),
+    ),
+    default_arch=host_arch,
+)
