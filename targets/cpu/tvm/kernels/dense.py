@@ -2,7 +2,8 @@
 
 A panel holds `width` output rows k-major, so that one broadcast input value meets `width` weights at a
 time. Every output accumulates over k in ascending order whatever the row tile, so a result does not
-depend on how tokens were cut into calls.
+depend on how tokens were cut into calls. Accumulators are read at constant places only, or LLVM would keep
+them in memory; `done` is their copy for the ragged epilogue.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, valid-type, misc"
@@ -45,15 +46,16 @@ def linear(k: int, n: int, bf16: bool):
                     acc[ramp(i * LANES)] = zeros()
                 for kk in T.serial(k):
                     for v in T.unroll(vecs):
-                        weight = T.alloc_buffer((LANES,), "float32", scope="local")
-                        weight[ramp(0)] = load_weight(Wf, (p * k + kk) * width + v * LANES, bf16)
                         for r in T.unroll(ROWS):
-                            acc[ramp((r * vecs + v) * LANES)] = acc[ramp((r * vecs + v) * LANES)] + weight[
-                                ramp(0)
-                            ] * splat(Xf[(tile * ROWS + r) * k + kk])
-                for r in T.unroll(ROWS):
+                            acc[ramp((r * vecs + v) * LANES)] = acc[ramp((r * vecs + v) * LANES)] + load_weight(
+                                Wf, (p * k + kk) * width + v * LANES, bf16
+                            ) * splat(Xf[(tile * ROWS + r) * k + kk])
+                done = T.alloc_buffer((ROWS * width,), "float32")
+                for i in T.unroll(ROWS * vecs):
+                    done[ramp(i * LANES)] = acc[ramp(i * LANES)]
+                for r in T.serial(ROWS):
                     for j in T.serial(T.min(width, n - p * width)):
-                        Yf[(tile * ROWS + r) * n + p * width + j] = acc[r * width + j]
+                        Yf[(tile * ROWS + r) * n + p * width + j] = done[r * width + j]
             for tail in T.serial(B * S % ROWS):
                 one = T.alloc_buffer((width,), "float32", scope="local")
                 for v in T.unroll(vecs):
@@ -63,8 +65,11 @@ def linear(k: int, n: int, bf16: bool):
                         one[ramp(v * LANES)] = one[ramp(v * LANES)] + load_weight(
                             Wf, (p * k + kk) * width + v * LANES, bf16
                         ) * splat(Xf[(B * S // ROWS * ROWS + tail) * k + kk])
+                last = T.alloc_buffer((width,), "float32")
+                for v in T.unroll(vecs):
+                    last[ramp(v * LANES)] = one[ramp(v * LANES)]
                 for j in T.serial(T.min(width, n - p * width)):
-                    Yf[(B * S // ROWS * ROWS + tail) * n + p * width + j] = one[j]
+                    Yf[(B * S // ROWS * ROWS + tail) * n + p * width + j] = last[j]
 
     return func
 
@@ -98,8 +103,11 @@ def grouped_linear(groups: int, k: int, n: int, bf16: bool):
                         one[ramp(v * LANES)] = one[ramp(v * LANES)] + load_weight(
                             Wf, (gp * k + kk) * width + v * LANES, bf16
                         ) * splat(Xf[(m * groups + gp // panels) * k + kk])
+                done = T.alloc_buffer((width,), "float32")
+                for v in T.unroll(vecs):
+                    done[ramp(v * LANES)] = one[ramp(v * LANES)]
                 for j in T.serial(T.min(width, n - gp % panels * width)):
-                    Yf[(m * groups + gp // panels) * n + gp % panels * width + j] = one[j]
+                    Yf[(m * groups + gp // panels) * n + gp % panels * width + j] = done[j]
 
     return func
 
@@ -135,36 +143,36 @@ def expert_hidden(experts: int, k: int, inner: int, topk: int, limit: float, bf1
             for e in T.serial(experts):
                 for tile in T.serial((Starts[e + 1] - Starts[e] + (ROWS - 1)) // ROWS):
                     acc = T.alloc_buffer((ROWS * width,), "float32", scope="local")
-                    row = T.alloc_buffer((ROWS,), "int32", scope="local")
+                    row = T.alloc_buffer((ROWS,), "int64", scope="local")
                     for r in T.unroll(ROWS):
-                        row[r] = Order[T.min(Starts[e] + tile * ROWS + r, Starts[e + 1] - 1)] // topk
-                    for i in T.unroll(ROWS * width // LANES):
+                        row[r] = T.cast(Order[T.min(Starts[e] + tile * ROWS + r, Starts[e + 1] - 1)] // topk, "int64")
+                    for i in T.unroll(ROWS * (width // LANES)):
                         acc[ramp(i * LANES)] = zeros()
+                    at = T.meta_var((T.cast(e, "int64") * panels + p) * k)
                     if Starts[e + 1] - Starts[e] - tile * ROWS > 1:
                         for kk in T.serial(k):
-                            for v in T.unroll(width // LANES):
-                                weight = T.alloc_buffer((LANES,), "float32", scope="local")
-                                weight[ramp(0)] = load_weight(
-                                    Wf, ((T.cast(e, "int64") * panels + p) * k + kk) * width + v * LANES, bf16
-                                )
+                            for v in T.unroll((width // LANES)):
                                 for r in T.unroll(ROWS):
-                                    acc[ramp(r * width + v * LANES)] = acc[ramp(r * width + v * LANES)] + weight[
-                                        ramp(0)
-                                    ] * splat(Xf[T.cast(row[r], "int64") * k + kk])
+                                    acc[ramp(r * width + v * LANES)] = acc[ramp(r * width + v * LANES)] + load_weight(
+                                        Wf, (at + kk) * width + v * LANES, bf16
+                                    ) * splat(Xf[row[r] * k + kk])
                     else:
                         for kk in T.serial(k):
-                            for v in T.unroll(width // LANES):
+                            for v in T.unroll((width // LANES)):
                                 acc[ramp(v * LANES)] = acc[ramp(v * LANES)] + load_weight(
-                                    Wf, ((T.cast(e, "int64") * panels + p) * k + kk) * width + v * LANES, bf16
-                                ) * splat(Xf[T.cast(row[0], "int64") * k + kk])
+                                    Wf, (at + kk) * width + v * LANES, bf16
+                                ) * splat(Xf[row[0] * k + kk])
+                    done = T.alloc_buffer((ROWS * width,), "float32")
+                    for i in T.unroll(ROWS * (width // LANES)):
+                        done[ramp(i * LANES)] = acc[ramp(i * LANES)]
                     for r in T.serial(T.min(ROWS, Starts[e + 1] - Starts[e] - tile * ROWS)):
                         for j in T.serial(T.min(PAIR, inner - p * PAIR)):
                             gate = T.alloc_buffer((1,), "float32", scope="local")
-                            gate[0] = T.min(acc[r * width + j], T.float32(limit))
+                            gate[0] = T.min(done[r * width + j], T.float32(limit))
                             Hid[Starts[e] + tile * ROWS + r, p * PAIR + j] = (
                                 gate[0]
                                 * sigmoid(gate[0])
-                                * T.max(T.min(acc[r * width + PAIR + j], T.float32(limit)), T.float32(-limit))
+                                * T.max(T.min(done[r * width + PAIR + j], T.float32(limit)), T.float32(-limit))
                                 * Gf[Order[Starts[e] + tile * ROWS + r]]
                             )
 
@@ -198,32 +206,32 @@ def expert_output(experts: int, k: int, inner: int, topk: int, bf16: bool):
             for e in T.serial(experts):
                 for tile in T.serial((Starts[e + 1] - Starts[e] + (ROWS - 1)) // ROWS):
                     acc = T.alloc_buffer((ROWS * width,), "float32", scope="local")
-                    row = T.alloc_buffer((ROWS,), "int32", scope="local")
+                    row = T.alloc_buffer((ROWS,), "int64", scope="local")
                     for r in T.unroll(ROWS):
-                        row[r] = T.min(Starts[e] + tile * ROWS + r, Starts[e + 1] - 1)
+                        row[r] = T.cast(T.min(Starts[e] + tile * ROWS + r, Starts[e + 1] - 1), "int64")
                     for i in T.unroll(ROWS * vecs):
                         acc[ramp(i * LANES)] = zeros()
+                    at = T.meta_var((T.cast(e, "int64") * panels + p) * inner)
                     if Starts[e + 1] - Starts[e] - tile * ROWS > 1:
                         for kk in T.serial(inner):
                             for v in T.unroll(vecs):
-                                weight = T.alloc_buffer((LANES,), "float32", scope="local")
-                                weight[ramp(0)] = load_weight(
-                                    Wf, ((T.cast(e, "int64") * panels + p) * inner + kk) * width + v * LANES, bf16
-                                )
                                 for r in T.unroll(ROWS):
-                                    acc[ramp(r * width + v * LANES)] = acc[ramp(r * width + v * LANES)] + weight[
-                                        ramp(0)
-                                    ] * splat(Hid[row[r], kk])
+                                    acc[ramp(r * width + v * LANES)] = acc[ramp(r * width + v * LANES)] + load_weight(
+                                        Wf, (at + kk) * width + v * LANES, bf16
+                                    ) * splat(Hid[row[r], kk])
                     else:
                         for kk in T.serial(inner):
                             for v in T.unroll(vecs):
                                 acc[ramp(v * LANES)] = acc[ramp(v * LANES)] + load_weight(
-                                    Wf, ((T.cast(e, "int64") * panels + p) * inner + kk) * width + v * LANES, bf16
+                                    Wf, (at + kk) * width + v * LANES, bf16
                                 ) * splat(Hid[row[0], kk])
+                    done = T.alloc_buffer((ROWS * width,), "float32")
+                    for i in T.unroll(ROWS * vecs):
+                        done[ramp(i * LANES)] = acc[ramp(i * LANES)]
                     for r in T.serial(T.min(ROWS, Starts[e + 1] - Starts[e] - tile * ROWS)):
                         for j in T.serial(T.min(width, k - p * width)):
-                            at = T.cast(Order[Starts[e] + tile * ROWS + r] // topk, "int64") * k + p * width + j
-                            Yf[at] = Yf[at] + acc[r * width + j]
+                            token = T.meta_var(T.cast(Order[Starts[e] + tile * ROWS + r] // topk, "int64"))
+                            Yf[token * k + p * width + j] = Yf[token * k + p * width + j] + done[r * width + j]
 
     return func
 
