@@ -81,4 +81,6 @@ def parse_scalar(token: str) -> Attr:
     try:
         return float(token)
     except ValueError:
-        raise ParseError(f"{token!r} is not an attribute value", allowed="a number, string, bool or dtype") from None
+        raise ParseError(
+            f"{token!r} is not an attribute value", allowed="a number, string, bool or dtype"
+        ) from None

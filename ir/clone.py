@@ -7,7 +7,9 @@ from .graph import Module, Op, Value
 
 def clone(module: Module) -> Module:
     """A deep copy of values and ops; weight expressions are immutable and shared."""
-    copy = Module(module.name, module.level, meta=dict(module.meta), store=module.store, assets=dict(module.assets))
+    copy = Module(
+        module.name, module.level, meta=dict(module.meta), store=module.store, assets=dict(module.assets)
+    )
     values: dict[Value, Value] = {}
     for arguments, target in ((module.inputs, copy.inputs), (module.states, copy.states)):
         for name, value in arguments.items():

@@ -84,7 +84,9 @@ class Op:
         """Result types by the declaration; raises `IRError` where operands or attributes do not fit."""
         if self.weight is not None:
             return (TensorType(self.weight.dtype, self.weight.shape),)
-        signature = Signature(self.definition, [v.type for v in self.operands], self.attrs, self.loc or self.name)
+        signature = Signature(
+            self.definition, [v.type for v in self.operands], self.attrs, self.loc or self.name
+        )
         return self.definition.infer(signature)
 
     def set_operand(self, index: int, value: Value) -> None:
@@ -102,18 +104,24 @@ class Op:
 
 
 def check_attrs(definition: OpDef, given: Mapping[str, Attr], where: str) -> dict[str, Attr]:
-    """Every declared attribute with its value or default; raises `IRError` on unknown, missing or mistyped ones."""
+    """Every declared attribute with its value or default; raises `IRError` on unknown or mistyped ones."""
     declared = {a.name: a for a in definition.attrs}
     for name in given:
         if name not in declared:
-            raise IRError(f"{definition.name} has no attribute {name!r}", where=where, allowed=", ".join(declared) or "none")
+            raise IRError(
+                f"{definition.name} has no attribute {name!r}",
+                where=where,
+                allowed=", ".join(declared) or "none",
+            )
     out: dict[str, Attr] = {}
     for name, attr in declared.items():
         value = given.get(name, attr.default)
         if value is None:
             raise IRError(f"{definition.name} needs attribute {name!r}", where=where, allowed=attr.kind.value)
         if not attr.kind.admits(value):
-            raise IRError(f"{definition.name}.{name} = {value!r} is mistyped", where=where, allowed=attr.kind.value)
+            raise IRError(
+                f"{definition.name}.{name} = {value!r} is mistyped", where=where, allowed=attr.kind.value
+            )
         out[name] = value
     return out
 

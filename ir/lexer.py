@@ -82,7 +82,8 @@ class Cursor:
 
     def bracketed(self) -> str:
         """The text of one ``[...]`` group, which must come next."""
-        parts, depth = [], 0
+        parts: list[str] = []
+        depth = 0
         while not parts or depth:
             parts.append(self.next())
             depth += (parts[-1] == "[") - (parts[-1] == "]")

@@ -60,14 +60,18 @@ class OpDef:
 class Signature:
     """What `infer` sees: operand types by position and name, attributes, and checks that read well."""
 
-    def __init__(self, definition: OpDef, types: Sequence[TensorType], attrs: Mapping[str, Attr], where: str) -> None:
+    def __init__(
+        self, definition: OpDef, types: Sequence[TensorType], attrs: Mapping[str, Attr], where: str
+    ) -> None:
         self.definition, self.types, self.attrs, self.where = definition, list(types), dict(attrs), where
         least, most = definition.arity
         if len(types) < least or (most is not None and len(types) > most):
             self.fail(f"takes {least}{'' if most == least else ' or more'} operands, got {len(types)}")
 
     def fail(self, what: str) -> None:
-        raise IRError(f"{self.definition.name} {what}", where=self.where, allowed=", ".join(self.definition.operands))
+        raise IRError(
+            f"{self.definition.name} {what}", where=self.where, allowed=", ".join(self.definition.operands)
+        )
 
     def type(self, index: int) -> TensorType:
         return self.types[index]

@@ -67,9 +67,8 @@ def match(pattern: Pat, value: Value, bound: Mapping[str, Value] | None = None) 
 
 
 def _match(pattern: Pat, value: Value, bindings: Bindings, depth: list[int], root: bool) -> str:
-    if pattern.bind:
-        if bindings.setdefault(pattern.bind, value) is not value:
-            return f"{pattern.bind!r} would be two different values"
+    if pattern.bind and bindings.setdefault(pattern.bind, value) is not value:
+        return f"{pattern.bind!r} would be two different values"
     if not pattern.op:
         return ""
     op = value.producer

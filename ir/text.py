@@ -56,9 +56,10 @@ def print_module(module: Module) -> str:
 # ----------------------------------------------------------------------------------- parsing
 
 _CONSTRUCTORS: dict[str, Callable[..., WeightExpr]] = {
-    "source": w.source, "decode_fp8": w.decode_fp8, "decode_fp4": w.decode_fp4, "cast": w.cast, "take": w.take,
-    "rows": w.rows, "concat": lambda *xs: w.concat(xs), "stack": lambda *xs: w.stack(xs), "transpose": w.transpose,
-    "reshape": w.reshape, "panel": w.panel, "pair_rows": w.pair_rows, "rope_frequencies": w.rope_frequencies,
+    "source": w.source, "decode_fp8": w.decode_fp8, "decode_fp4": w.decode_fp4, "cast": w.cast,
+    "take": w.take, "rows": w.rows, "concat": lambda *xs: w.concat(xs), "stack": lambda *xs: w.stack(xs),
+    "transpose": w.transpose, "reshape": w.reshape, "panel": w.panel, "pair_rows": w.pair_rows,
+    "rope_frequencies": w.rope_frequencies,
 }  # fmt: skip
 
 
@@ -114,7 +115,9 @@ class _Parser:
             module.meta = json.loads(line.split(None, 1)[1])
         elif word in ("input", "state"):
             name, type_ = line.split(None, 1)[1].split(":", 1)
-            value = self.define(name.strip(), Value(parse_type(type_), None, name.strip()[1:]), self.at(number))
+            value = self.define(
+                name.strip(), Value(parse_type(type_), None, name.strip()[1:]), self.at(number)
+            )
             (module.inputs if word == "input" else module.states)[value.name] = value
         elif word == "output":
             name, value_name = (s.strip() for s in line.split(None, 1)[1].split("="))

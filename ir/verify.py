@@ -56,7 +56,9 @@ def _check_outputs(module: Module, defined: set[Value], dead: dict[Value, Op]) -
     for name, value in module.states.items():
         after = module.outputs.get(name)
         if after is None or after.type != value.type:
-            raise VerifyError(f"state {name!r} needs an output of its own type {value.type}", where=module.name)
+            raise VerifyError(
+                f"state {name!r} needs an output of its own type {value.type}", where=module.name
+            )
 
 
 def _check_uses(module: Module) -> None:

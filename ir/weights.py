@@ -71,7 +71,9 @@ class WeightExpr:
 
 def source(name: str, dtype: DType, shape: tuple[int, ...]) -> WeightExpr:
     """A tensor as it lies in the checkpoint."""
-    return WeightExpr("source", (), (("name", name), ("dtype", dtype), ("shape", tuple(shape))), dtype, tuple(shape))
+    return WeightExpr(
+        "source", (), (("name", name), ("dtype", dtype), ("shape", tuple(shape))), dtype, tuple(shape)
+    )
 
 
 def decode_fp8(codes: WeightExpr, scale: WeightExpr, block: tuple[int, int]) -> WeightExpr:
@@ -85,7 +87,11 @@ def decode_fp8(codes: WeightExpr, scale: WeightExpr, block: tuple[int, int]) -> 
 def decode_fp4(codes: WeightExpr, scale: WeightExpr) -> WeightExpr:
     """[o, i/2] packed E2M1 with one scale per row and 32 columns -> f32 [o, i]."""
     rows, cols = codes.shape[0], 2 * codes.shape[1]
-    _expect(scale.shape == (rows, -(-cols // 32)), f"decode_fp4 needs a scale of [{rows}, {-(-cols // 32)}]", scale)
+    _expect(
+        scale.shape == (rows, -(-cols // 32)),
+        f"decode_fp4 needs a scale of [{rows}, {-(-cols // 32)}]",
+        scale,
+    )
     return WeightExpr("decode_fp4", (codes, scale), (), DType.F32, (rows, cols))
 
 
@@ -130,7 +136,11 @@ def transpose(x: WeightExpr) -> WeightExpr:
 
 def reshape(x: WeightExpr, shape: tuple[int, ...]) -> WeightExpr:
     _expect(prod(shape) == prod(x.shape), f"reshape to {list(shape)} changes the element count", x)
-    return x if shape == x.shape else WeightExpr("reshape", (x,), (("shape", tuple(shape)),), x.dtype, tuple(shape))
+    return (
+        x
+        if shape == x.shape
+        else WeightExpr("reshape", (x,), (("shape", tuple(shape)),), x.dtype, tuple(shape))
+    )
 
 
 def panel(x: WeightExpr, width: int) -> WeightExpr:
@@ -151,7 +161,12 @@ def pair_rows(x: WeightExpr, width: int) -> WeightExpr:
 
 
 def rope_frequencies(
-    dim: int, theta: float, factor: float = 1.0, original: int = 0, beta_fast: float = 32.0, beta_slow: float = 1.0
+    dim: int,
+    theta: float,
+    factor: float = 1.0,
+    original: int = 0,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
 ) -> WeightExpr:
     """[dim/2] f32 rotary frequencies, with YaRN when `original` > 0 (specification, section 3.6)."""
     attrs = (("dim", dim), ("theta", float(theta)), ("factor", float(factor)), ("original", original),
@@ -188,7 +203,8 @@ def _decode_fp8(x: WeightExpr, args: list[Array]) -> Array:
 def _decode_fp4(x: WeightExpr, args: list[Array]) -> Array:
     values = decode(args[0], DType.F4E2M1X2)
     scale = decode(args[1], x.args[1].dtype)
-    return np.asarray(values * np.repeat(scale, 32, axis=1)[:, : x.shape[1]])
+    columns = np.repeat(scale, 32, axis=1)[:, : x.shape[1]]
+    return np.multiply(values, columns, dtype=np.float32)
 
 
 def _cast(x: WeightExpr, args: list[Array]) -> Array:
@@ -234,7 +250,7 @@ def rope_table(dim: int, theta: float, factor: float, original: int, fast: float
     """[dim/2] float32, every step rounded to FP32 as the reference does (section 3.6)."""
     f32 = np.float32
     exponent = np.arange(0, dim, 2, dtype=np.float32) / f32(dim)
-    base = (f32(1) / np.power(f32(theta), exponent)).astype(np.float32)
+    base: F32Array = (f32(1) / np.power(f32(theta), exponent)).astype(np.float32)
     if original <= 0 or factor == 1.0:
         return base
 

@@ -76,7 +76,9 @@ def recognise(combine: Op) -> tuple[Op, list[_Expert]] | str:
         source = producer
         if found["x"] is not source.results[2 * index] or found["gate"] is not source.results[2 * index + 1]:
             return f"expert {index} reads the rows of another expert"
-        experts.append(_expert(found["w1"].producer, found["w3"].producer, found["w2"].producer, found["act"].producer))
+        experts.append(
+            _expert(found["w1"].producer, found["w3"].producer, found["w2"].producer, found["act"].producer)
+        )
     if source is None or len(experts) != source.attrs["experts"]:
         return "the combine does not take every expert of its dispatch"
     if len({(e.w1.shape, e.w3.shape, e.w2.shape, e.limit) for e in experts}) != 1:

@@ -1,8 +1,8 @@
-"""Runs the "onnx" section of an artifact with ONNX Runtime. Knows how states go in and come back, not what they mean.
+"""Runs the "onnx" section of an artifact: how states go in and come back, not what they mean.
 
 The model's weights are external data in the artifact file, which ONNX Runtime maps: nothing is copied. The
-model carries marks where the file's name and the offsets belong; they are overwritten here, in place and at
-equal length, so that an artifact may be renamed and no protobuf library is needed.
+model carries marks where the file's name and the offsets belong; they are overwritten here, at equal length,
+so that an artifact may be renamed and no protobuf library is needed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from dsv4c.errors import ArtifactError, SessionError, ToolchainError
 from dsv4c.runtime.container import Artifact
 
 Arr = npt.NDArray[Any]
+Positions = npt.NDArray[np.int64]
 
-_LOCATION = re.compile(rb"@location@@{248}")
-_OFFSET = re.compile(rb"(?=@offset:(\d+)@)[@offset:\d]{20}")
+_OFFSET_MARK = re.compile(rb"(?=@offset:(\d+)@)[@offset:\d]{20}")
+"""Stands for the offset of a tensor, by its index in meta["onnx"]["tensors"]."""
 
 
 class OnnxBackend:
@@ -36,25 +37,8 @@ class OnnxBackend:
     """
 
     def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
-        ort = _onnxruntime()
-        if "onnx" not in artifact.meta:
-            raise ArtifactError("holds no ONNX model", where=str(artifact.path))
+        self._session = open_session(artifact, threads)
         self._states: dict[str, dict[str, Any]] = artifact.meta["onnx"]["states"]
-        path = Path(os.path.abspath(artifact.path))
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.enable_mem_pattern = False  # plans are cached per input shape, and shapes grow with the text
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        for key, value in {
-            "session.disable_prepacking": "1",  # a packed copy of every weight would double the memory
-            "session.model_external_initializers_file_folder_path": str(path.parent),
-        }.items():
-            options.add_session_config_entry(key, value)
-        try:
-            self._session = ort.InferenceSession(placed_model(artifact), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has an exception type per status, with no public base
-            raise ArtifactError(f"ONNX Runtime refuses the model: {error}", where=str(path)) from error
         self._outputs = ["logits", *(s["output"] for s in self._states.values())]
 
     def step(self, tokens: Arr, n_valid: Arr, rows: Arr, state: dict[str, Arr]) -> npt.NDArray[np.float32]:
@@ -70,17 +54,23 @@ class OnnxBackend:
             f32 [B,L,vocab].
 
         Raises:
-            SessionError: the entries would not fit their state.
+            SessionError: the sizes do not fit, the context is full, or ONNX Runtime refuses a value; the
+                state is then as it was.
         """
+        _check_sizes(tokens, n_valid)
         before = state["pos"].astype(np.int64)
         after = before + n_valid
         feeds = {"tokens": tokens, "n_valid": n_valid, "rows": rows}
         feeds = {name: np.ascontiguousarray(a, np.int32) for name, a in feeds.items()}
         for name, how in self._states.items():
-            feeds[name] = _fed(state[name], before, how) if "ratio" in how else np.ascontiguousarray(state[name])
-            if "ratio" in how and int(after.max()) // how["ratio"] > state[name].shape[1]:
-                raise SessionError("the context is full", where=name, allowed=f"{state[name].shape[1]} entries")
-        logits, *results = self._session.run(self._outputs, feeds)
+            if "ratio" in how:
+                feeds[name] = _fed(name, state[name], before, after, how)
+            else:
+                feeds[name] = np.ascontiguousarray(state[name])
+        try:
+            logits, *results = self._session.run(self._outputs, feeds)
+        except Exception as error:  # as above
+            raise SessionError(f"ONNX Runtime refuses the step: {error}") from error
         for (name, how), result in zip(self._states.items(), results, strict=True):
             if "ratio" in how:
                 _append(state[name], result, before // how["ratio"], after // how["ratio"])
@@ -89,13 +79,23 @@ class OnnxBackend:
         return np.asarray(logits, np.float32)
 
 
-def _fed(entries: Arr, pos: npt.NDArray[np.int64], how: dict[str, Any]) -> Arr:
-    """What the model sees of entries [B,capacity,D]: [B,U,D], U at least 1, without a copy where that is possible.
+def _check_sizes(tokens: Arr, n_valid: Arr) -> None:
+    batch, count = tokens.shape
+    if batch == 0 or count == 0:
+        raise SessionError(f"a step of {batch} rows of {count} tokens", allowed="at least one of each")
+    if n_valid.shape != (batch,) or n_valid.min() < 0 or n_valid.max() > count:
+        raise SessionError(f"n_valid is {n_valid.tolist()}", allowed=f"{batch} numbers of 0 .. {count}")
+
+
+def _fed(name: str, entries: Arr, before: Positions, after: Positions, how: dict[str, Any]) -> Arr:
+    """What the model sees of entries [B,capacity,D]: [B,U,D], U at least 1, if possible without a copy.
 
     The used part of a batch is not contiguous. Where the model reads only the rows it picks, all of the
     capacity goes in at no cost; where it reads everything, copying the used part costs less than the reading.
     """
-    used = max(1, int(pos.max()) // how["ratio"])
+    if int(after.max()) // how["ratio"] > entries.shape[1]:
+        raise SessionError("the context is full", where=name, allowed=f"{entries.shape[1]} entries")
+    used = max(1, int(before.max()) // how["ratio"])
     if entries.shape[1] == 0:
         return np.zeros((entries.shape[0], 1, entries.shape[2]), entries.dtype)
     if how["read"] == "some":
@@ -103,28 +103,52 @@ def _fed(entries: Arr, pos: npt.NDArray[np.int64], how: dict[str, Any]) -> Arr:
     return np.ascontiguousarray(entries[:, :used])
 
 
-def _append(entries: Arr, new: Arr, first: npt.NDArray[np.int64], last: npt.NDArray[np.int64]) -> None:
+def _append(entries: Arr, new: Arr, first: Positions, last: Positions) -> None:
     """Row b's entries first[b] .. last[b]-1 are the first rows of new[b]."""
     for b, (start, stop) in enumerate(zip(first, last, strict=True)):
         entries[b, start:stop] = new[b, : stop - start]
 
 
-def placed_model(artifact: Artifact) -> bytes:
+def open_session(artifact: Artifact, threads: int | None) -> Any:
+    """An `onnxruntime.InferenceSession` over the artifact's model; see `OnnxBackend`."""
+    ort = _onnxruntime()
+    if "onnx" not in artifact.meta:
+        raise ArtifactError("holds no ONNX model", where=str(artifact.path))
+    path = Path(os.path.realpath(artifact.path))  # ONNX Runtime follows no link out of its directory
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.enable_mem_pattern = False  # plans are cached per input shape, and shapes grow with the text
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    for key, value in {
+        "session.disable_prepacking": "1",  # a packed copy of every weight would double the memory
+        "session.model_external_initializers_file_folder_path": str(path.parent),
+    }.items():
+        options.add_session_config_entry(key, value)
+    model = placed_model(artifact, path.name)
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has an exception type per status, with no public base
+        raise ArtifactError(f"ONNX Runtime refuses the model: {error}", where=str(path)) from error
+
+
+def placed_model(artifact: Artifact, file_name: str) -> bytes:
     """The ONNX model with the artifact's present file name and the offsets of its tensors filled in.
 
     Raises:
         ArtifactError: the file's name is too long.
     """
-    names, width = artifact.meta["onnx"]["tensors"], 258
-    name = os.fsencode(artifact.path.name)
-    if len(name) > width - 2:
-        raise ArtifactError("the file's name is too long", where=str(artifact.path), allowed=f"{width - 2} bytes")
-    location = b".".ljust(width - len(name), b"/") + name  # repeated slashes count as one
+    mark, name = artifact.meta["onnx"]["location"].encode(), os.fsencode(file_name)
+    room = len(mark) - len(b"./")
+    if len(name) > room:
+        raise ArtifactError("the file's name is too long", where=str(artifact.path), allowed=f"{room} bytes")
+    location = b".".ljust(len(mark) - len(name), b"/") + name  # repeated slashes count as one
+    names = artifact.meta["onnx"]["tensors"]
 
     def offset(mark: re.Match[bytes]) -> bytes:
         return str(artifact.tensors[names[int(mark[1])]].offset).rjust(20, "0").encode()
 
-    return _OFFSET.sub(offset, _LOCATION.sub(lambda _: location, artifact.section("onnx")))
+    return _OFFSET_MARK.sub(offset, artifact.section("onnx")).replace(mark, location)
 
 
 def _onnxruntime() -> Any:

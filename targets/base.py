@@ -65,7 +65,10 @@ class Target:
     numerics: tuple[str, ...] = field(default=("exact",))
 
     def __post_init__(self) -> None:
-        for what, names in (("arch", [a.name for a in self.archs]), ("format", [f.name for f in self.formats])):
+        for what, names in (
+            ("arch", [a.name for a in self.archs]),
+            ("format", [f.name for f in self.formats]),
+        ):
             if not names or len(set(names)) != len(names):
                 raise TargetError(f"{what}s must be distinct and at least one, got {names}", where=self.name)
 

@@ -28,7 +28,7 @@ def valid_tokens(tokens: int, n_valid: Arr) -> Arr:
 
 
 def kept(name: str, b: int, pos: Arr, width: int) -> tuple[Arr, Arr]:
-    """Entries for the evaluator [B,40,D], and what the runtime would feed, with other rows where none are used."""
+    """Entries for the evaluator [B,40,D], and what the runtime feeds, with rubbish where none are used."""
     whole = numbers(len(name), b, 40, width)
     used = whole[:, : max(1, int(pos.max()) // RATIO)].copy()
     for row, first in enumerate(pos // RATIO):
@@ -60,8 +60,8 @@ def test_index_select(tmp_path: Path, k: int) -> None:
         for pos, n_valid in batches(t, start):
             b = len(pos)
             whole, used = kept("keys", b, pos, D)
-            inputs = {"q": numbers(1, b, t, H, D), "weights": numbers(2, b, t, H), "pos": pos, "n_valid": n_valid,
-                      "new": numbers(3, b, -(-t // RATIO), D)}  # fmt: skip
+            inputs = {"q": numbers(1, b, t, H, D), "weights": numbers(2, b, t, H), "pos": pos}
+            inputs |= {"n_valid": n_valid, "new": numbers(3, b, -(-t // RATIO), D)}
             check_index(case, k, inputs, whole, used)
 
 
@@ -81,8 +81,8 @@ def test_index_ties_go_to_the_lower_id_across_old_and_new(tmp_path: Path) -> Non
 def attention_case(tmp_path: Path, entries: bool, selected: int = 0, ring: int = WINDOW) -> Case:
     case = Case(tmp_path)
     pos, n_valid = case.i32("pos", B), case.i32("n_valid", B)
-    operands = [case.f32("q", B, T, H, D), case.f32("kv", B, T, D), case.f32("ring", B, ring, D), case.f32("sinks", H)]
-    operands += [pos, n_valid]
+    operands = [case.f32("q", B, T, H, D), case.f32("kv", B, T, D), case.f32("ring", B, ring, D)]
+    operands += [case.f32("sinks", H), pos, n_valid]
     if entries:
         new = case.f32("new", B, (sym("T") + 3) // RATIO, D)
         operands.append(case.entries("entries", new, pos, n_valid, RATIO))
@@ -98,7 +98,9 @@ def attention_inputs(pos: Arr, n_valid: Arr, t: int, ring: int = WINDOW) -> dict
             "sinks": numbers(4, H), "pos": pos, "n_valid": n_valid}  # fmt: skip
 
 
-def check_attention(case: Case, inputs: dict[str, Arr], whole: Arr | None = None, used: Arr | None = None) -> None:
+def check_attention(
+    case: Case, inputs: dict[str, Arr], whole: Arr | None = None, used: Arr | None = None
+) -> None:
     real = valid_tokens(inputs["q"].shape[1], inputs["n_valid"])
     expected = case.meaning(inputs, {} if whole is None else {"entries": whole})["out0"]
     found = case.onnx(inputs if used is None else {**inputs, "entries": used})["out0"]
@@ -144,7 +146,7 @@ def choices(pos: Arr, t: int) -> Arr:
 
 
 @pytest.mark.parametrize("budget", [1, 400, 3000])
-def test_blocks_of_tokens_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
+def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
     monkeypatch.setattr(blocks, "BUDGET", budget)
     (tmp_path / "index").mkdir()
     case, index = attention_case(tmp_path, entries=True), index_case(tmp_path / "index", 3)

@@ -28,9 +28,11 @@ def test_linear_maps(tmp_path: Path) -> None:
     x, w = case.f32("x", B, T, 24), case.f32("w", 10, 24)
     heads = case.b.op("split_heads", x, heads=6)
     grouped = case.b.op("grouped_linear", heads, case.f32("g", 15, 8), groups=3)
-    case.output(case.b.op("linear", x, w), case.b.op("linear", heads, case.f32("v", 5, 4)), heads, grouped).build()
+    per_head = case.b.op("linear", heads, case.f32("v", 5, 4))
+    case.output(case.b.op("linear", x, w), per_head, heads, grouped).build()
     for b, t in SIZES:
-        case.compare({"x": numbers(b, b, t, 24), "w": numbers(1, 10, 24), "v": numbers(2, 5, 4), "g": numbers(3, 15, 8)})
+        weights = {"w": numbers(1, 10, 24), "v": numbers(2, 5, 4), "g": numbers(3, 15, 8)}
+        case.compare({"x": numbers(b, b, t, 24), **weights})
 
 
 def test_norms(tmp_path: Path) -> None:
@@ -53,16 +55,16 @@ def test_a_norm_of_zero_is_zero(tmp_path: Path) -> None:
 def test_element_wise(tmp_path: Path) -> None:
     case = Case(tmp_path)
     a, b_ = case.f32("a", B, T, 5), case.f32("b", B, T, 5)
-    case.output(
-        case.b.op("add", a, b_), case.b.op("scale", a, factor=0.3), case.b.op("clamped_swiglu", a, b_, limit=1.5)
-    ).build()
+    act = case.b.op("clamped_swiglu", a, b_, limit=1.5)
+    case.output(case.b.op("add", a, b_), case.b.op("scale", a, factor=0.3), act).build()
     for b, t in SIZES:
         case.compare({"a": 3 * numbers(b, b, t, 5), "b": 3 * numbers(t, b, t, 5)})
 
 
 def test_swiglu_far_out(tmp_path: Path) -> None:
     case = Case(tmp_path)
-    case.output(case.b.op("clamped_swiglu", case.f32("a", B, T, 4), case.f32("b", B, T, 4), limit=10.0)).build()
+    operands = case.f32("a", B, T, 4), case.f32("b", B, T, 4)
+    case.output(case.b.op("clamped_swiglu", *operands, limit=10.0)).build()
     case.compare({"a": np.float32([[[1e30, -1e30, 11, -60]]]), "b": np.float32([[[1e30, -1e30, -11, 60]]])})
 
 
@@ -86,14 +88,14 @@ def test_hyper_connections(tmp_path: Path, n: int) -> None:
     y = case.b.op("hc_collapse", x, pre)
     case.output(pre, post, comb, y, case.b.op("hc_expand", x, y, post, comb)).build()
     for b, t in SIZES:
-        case.compare({
-            "x": numbers(b, b, t, n, d), "fn": numbers(1, m, n * d), "base": numbers(2, m), "scale": numbers(3, 3),
-        })  # fmt: skip
+        inputs = {"fn": numbers(1, m, n * d), "base": numbers(2, m), "scale": numbers(3, 3)}
+        case.compare({"x": numbers(b, b, t, n, d), **inputs})
 
 
 def test_head_mix(tmp_path: Path) -> None:
     case, n, d = Case(tmp_path), 4, 5
-    x, parameters = case.f32("x", B, T, n, d), (case.f32("fn", n, n * d), case.f32("base", n), case.f32("scale", 1))
+    x = case.f32("x", B, T, n, d)
+    parameters = case.f32("fn", n, n * d), case.f32("base", n), case.f32("scale", 1)
     case.output(case.b.op("hc_head_mix", x, *parameters, eps=1e-3, norm_eps=1e-2)).build()
     for b, t in SIZES:
         inputs = {"fn": numbers(1, n, n * d), "base": numbers(2, n), "scale": numbers(3, 1)}

@@ -53,11 +53,13 @@ def experts(tmp_path: Path) -> Case:
     """expert_mlp over stored weights."""
     store, f = DictStore(), DType.F32
     for e in range(E):
-        store.tensors |= {f"{e}.w1": numbers(e, I, D), f"{e}.w3": numbers(50 + e, I, D), f"{e}.w2": numbers(90 + e, D, I)}
+        store.tensors |= {f"{e}.w1": numbers(e, I, D), f"{e}.w3": numbers(50 + e, I, D)}
+        store.tensors[f"{e}.w2"] = numbers(90 + e, D, I)
     w13 = stack(tuple(concat((source(f"{e}.w1", f, (I, D)), source(f"{e}.w3", f, (I, D)))) for e in range(E)))
     w2 = stack(tuple(source(f"{e}.w2", f, (D, I)) for e in range(E)))
     case = Case(tmp_path)
-    operands = (case.f32("x", B, T, D), case.i32("ids", B, T, K), case.f32("weights", B, T, K), case.i32("n_valid", B))
+    operands = [case.f32("x", B, T, D), case.i32("ids", B, T, K), case.f32("weights", B, T, K)]
+    operands.append(case.i32("n_valid", B))
     weights = case.b.weight(w13, "w13"), case.b.weight(w2, "w2")
     return case.output(case.b.op("expert_mlp", *operands, *weights, limit=1.0)).build(store)
 
@@ -102,7 +104,7 @@ def test_only_chosen_experts_are_computed(experts: Case) -> None:
     store = experts.store
     ids = ints([[0, 1], [1, 3]])
     clean = experts.onnx(routed(ids, ints(2)))["out0"]
-    poisoned = {f"{e}.{w}": np.full_like(store.tensors[f"{e}.{w}"], np.nan) for e in (2, 4) for w in ("w1", "w2", "w3")}
-    store.tensors |= poisoned
+    for name in [f"{e}.{w}" for e in (2, 4) for w in ("w1", "w2", "w3")]:
+        store.tensors[name] = np.full_like(store.tensors[name], np.nan)
     experts.build(store)
     close(experts.onnx(routed(ids, ints(2)))["out0"], clean)

@@ -65,8 +65,8 @@ def test_compress(tmp_path: Path, ratio: int, overlap: bool) -> None:
     for start, count in STEPS:
         for at, valid in batches(count, start):
             b = len(at)
-            inputs = {"kv": numbers(1, b, count, channels), "gate": 20 * numbers(2, b, count, channels),
-                      "kv_ring": numbers(3, b, rows, channels), "gate_ring": numbers(4, b, rows, channels)}  # fmt: skip
+            inputs = {"kv": numbers(1, b, count, channels), "gate": 20 * numbers(2, b, count, channels)}
+            inputs |= {"kv_ring": numbers(3, b, rows, channels), "gate_ring": numbers(4, b, rows, channels)}
             case.compare({**inputs, "pos": at, "n_valid": valid})
 
 

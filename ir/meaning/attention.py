@@ -28,7 +28,8 @@ def rotary(op: Op, x: Arr, cos: Arr, sin: Arr) -> Arr:
 
 def position_bias(op: Op, x: Arr, bias: Arr, pos: Arr) -> Arr:
     index = (pos[:, None] + np.arange(x.shape[1])) % bias.shape[0]
-    return x + bias[index]
+    out: Arr = x + bias[index]
+    return out
 
 
 def compress(op: Op, kv: Arr, gate: Arr, kv_ring: Arr, gate_ring: Arr, pos: Arr, n_valid: Arr) -> Arr:
@@ -37,7 +38,8 @@ def compress(op: Op, kv: Arr, gate: Arr, kv_ring: Arr, gate_ring: Arr, pos: Arr,
     out = np.zeros((kv.shape[0], -(-kv.shape[1] // ratio), width), kv.dtype)
 
     def row(new: Arr, ring: Arr, b: int, p: int) -> Arr:
-        return new[b, p - pos[b]] if p >= pos[b] else ring[b, p % ring.shape[1]]
+        found: Arr = new[b, p - pos[b]] if p >= pos[b] else ring[b, p % ring.shape[1]]
+        return found
 
     for b, (start, count) in enumerate(zip(pos, n_valid, strict=True)):
         for i, j in enumerate(range(start // ratio, (start + count) // ratio)):

@@ -41,11 +41,13 @@ def grouped_linear(op: Op, x: Arr, w: Arr) -> Arr:
     b, t = x.shape[:2]
     grouped = x.reshape(b, t, groups, -1)
     blocks = w.reshape(groups, w.shape[0] // groups, -1)
-    return np.einsum("btgc,grc->btgr", grouped, blocks).reshape(b, t, -1)
+    out: Arr = np.einsum("btgc,grc->btgr", grouped, blocks)
+    return out.reshape(b, t, -1)
 
 
 def unit_norm(op: Op, x: Arr) -> Arr:
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(number(op, "eps")))
+    out: Arr = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(number(op, "eps")))
+    return out
 
 
 def rms_norm(op: Op, x: Arr, w: Arr) -> Arr:
@@ -61,7 +63,8 @@ def add(op: Op, a: Arr, b: Arr) -> Arr:
 
 
 def scale(op: Op, x: Arr) -> Arr:
-    return x * x.dtype.type(number(op, "factor"))
+    out: Arr = x * x.dtype.type(number(op, "factor"))
+    return out
 
 
 def clamp(op: Op, x: Arr) -> Arr:
@@ -84,7 +87,8 @@ def swiglu(op: Op, gate: Arr, up: Arr) -> Arr:
 
 def clamped_swiglu(op: Op, gate: Arr, up: Arr) -> Arr:
     limit = number(op, "limit")
-    return silu(np.minimum(gate, limit)) * np.clip(up, -limit, limit)
+    out: Arr = silu(np.minimum(gate, limit)) * np.clip(up, -limit, limit)
+    return out
 
 
 def gather_rows(op: Op, x: Arr, rows: Arr) -> Arr:

@@ -54,14 +54,17 @@ class Evaluator:
         self.module, self.precision, self.keep_weights = module, np.dtype(precision), keep_weights
         found = store or module.store
         if found is None:
-            raise EvalError("the module has no weights to evaluate", where=module.name, hint="load it from a checkpoint")
+            raise EvalError(
+                "the module has no weights to evaluate", where=module.name, hint="load it from a checkpoint"
+            )
         self.store = found
         self._weights: dict[Op, Arr] = {}
 
     def fresh_state(self, **dims: int) -> dict[str, Arr]:
         """Zeroed buffers for the given symbols (`B` and `ctx`)."""
         return {
-            name: np.zeros(v.type.concrete(dims), self._dtype(v.type)) for name, v in self.module.states.items()
+            name: np.zeros(v.type.concrete(dims), self._dtype(v.type))
+            for name, v in self.module.states.items()
         }
 
     def __call__(self, inputs: Mapping[str, Arr], state: Mapping[str, Arr], trace: bool = False) -> Step:
@@ -93,9 +96,8 @@ class Evaluator:
                 continue
             function = meaning_of(op.name)
             assert function is not None, op.name
-            result = self._no_rows(op, values)
-            if result is None:
-                result = function(op, *(self._value(v, values) for v in op.operands))
+            empty = self._no_rows(op, values)
+            result = function(op, *(self._value(v, values) for v in op.operands)) if empty is None else empty
             results = result if isinstance(result, tuple) else (result,)
             yield op, tuple(self._round(r, v.type) for r, v in zip(results, op.results, strict=True))
 

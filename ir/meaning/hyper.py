@@ -12,7 +12,8 @@ from .core import Arr, integer, number, sigmoid
 def _project(op: Op, streams: Arr, fn: Arr) -> Arr:
     flat = streams.reshape(*streams.shape[:2], -1)
     norm = 1 / np.sqrt(np.mean(flat * flat, axis=-1, keepdims=True) + flat.dtype.type(number(op, "norm_eps")))
-    return (flat @ fn.T) * norm
+    out: Arr = (flat @ fn.T) * norm
+    return out
 
 
 def hc_mix(op: Op, streams: Arr, fn: Arr, base: Arr, scale: Arr) -> tuple[Arr, Arr, Arr]:
@@ -31,12 +32,15 @@ def hc_mix(op: Op, streams: Arr, fn: Arr, base: Arr, scale: Arr) -> tuple[Arr, A
 
 
 def hc_collapse(op: Op, streams: Arr, pre: Arr) -> Arr:
-    return (pre[..., None] * streams).sum(axis=2)
+    out: Arr = (pre[..., None] * streams).sum(axis=2)
+    return out
 
 
 def hc_expand(op: Op, streams: Arr, y: Arr, post: Arr, comb: Arr) -> Arr:
-    return post[..., None] * y[:, :, None] + np.swapaxes(comb, -1, -2) @ streams
+    out: Arr = post[..., None] * y[:, :, None] + np.swapaxes(comb, -1, -2) @ streams
+    return out
 
 
 def hc_head_mix(op: Op, streams: Arr, fn: Arr, base: Arr, scale: Arr) -> Arr:
-    return sigmoid(_project(op, streams, fn) * scale[0] + base) + streams.dtype.type(number(op, "eps"))
+    out: Arr = sigmoid(_project(op, streams, fn) * scale[0] + base) + streams.dtype.type(number(op, "eps"))
+    return out

@@ -10,7 +10,8 @@ from .core import Arr, clamped_swiglu, integer, number
 
 
 def sqrt_softplus(op: Op, x: Arr) -> Arr:
-    return np.sqrt(np.logaddexp(x, 0).astype(x.dtype))
+    out: Arr = np.sqrt(np.logaddexp(x, 0).astype(x.dtype))
+    return out
 
 
 def route_topk(op: Op, scores: Arr, bias: Arr) -> Arr:
@@ -25,7 +26,8 @@ def route_hash(op: Op, tokens: Arr, table: Arr) -> Arr:
 def route_weights(op: Op, scores: Arr, ids: Arr) -> Arr:
     chosen = np.take_along_axis(scores, ids.astype(np.int64), axis=-1)
     total = chosen.sum(axis=-1, keepdims=True) + scores.dtype.type(number(op, "eps"))
-    return chosen / total * scores.dtype.type(number(op, "factor"))
+    out: Arr = chosen / total * scores.dtype.type(number(op, "factor"))
+    return out
 
 
 def _routes(ids: Arr, n_valid: Arr, expert: int) -> tuple[Arr, Arr, Arr]:

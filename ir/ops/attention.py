@@ -20,7 +20,9 @@ def _rope_angles(sig: Signature) -> Types:
 def _rotary(sig: Signature) -> Types:
     x, cos = sig.shape(0), sig.shape(1, 3)
     if len(x) not in (3, 4) or sig.shape(2) != cos or x[:2] != cos[:2]:
-        sig.fail(f"needs x [B,N,(H,)D] and cos, sin [B,N,R/2], got {sig.type(0)}, {sig.type(1)}, {sig.type(2)}")
+        sig.fail(
+            f"needs x [B,N,(H,)D] and cos, sin [B,N,R/2], got {sig.type(0)}, {sig.type(1)}, {sig.type(2)}"
+        )
     if 2 * static(sig, cos[2], "rotary width") > static(sig, x[-1], "head width"):
         sig.fail(f"rotates {cos[2]} pairs in only {x[-1]} channels")
     return (f32(*x),)
@@ -77,19 +79,25 @@ ATTENTION: tuple[OpDef, ...] = (
           doc="cos and sin of position x frequency; the product rounds to FP32."),
     OpDef("rotary", ("x", "cos", "sin"), _rotary, (AttrDef("inverse", AttrKind.BOOL, False),), source="3.6",
           doc="Rotate adjacent pairs of the last R channels; `inverse` by the negative angle."),
-    OpDef("position_bias", ("x", "bias", "pos"), _position_bias, source="4.2", doc="x + bias[(pos + t) mod ratio]."),
+    OpDef("position_bias", ("x", "bias", "pos"), _position_bias, source="4.2",
+          doc="x + bias[(pos + t) mod ratio]."),
     OpDef("compress", ("kv", "gate", "kv_ring", "gate_ring", "pos", "n_valid"), _compress,
           (RATIO, AttrDef("overlap", AttrKind.BOOL)), source="4.2",
-          doc="Entries of the groups this call closes: per channel a softmax over the group's gates weighs its kv;"
-              " with overlap the previous group joins by its first half of channels. Rows beyond the closed are 0."),
+          doc="Entries of the groups this call closes: per channel a softmax over the group's gates weighs"
+              " its kv; with overlap the previous group joins by its first half of channels. Rows beyond the"
+              " closed are 0."),
     OpDef("index_scores", ("q", "weights", "keys", "pos", "n_valid"), _index_scores, (RATIO,), source="4.3",
           doc="sum_h relu(q_h k_j) w_h; -inf for entries not yet visible to the token."),
     OpDef("index_topk", ("scores",), _index_topk, (_K,), source="4.3",
-          doc="Entry ids of the k highest finite scores, ties to the lower id; missing ones are -1."),
-    OpDef("index_select", ("q", "weights", "keys", "pos", "n_valid"), _index_select, (RATIO, _K), source="4.3",
-          doc="index_topk of index_scores, without the scores in memory."),
+          doc="Entry ids of the k highest finite scores, ties to the lower id, in no particular order;"
+              " missing ones are -1 and stand at the end."),
+    OpDef("index_select", ("q", "weights", "keys", "pos", "n_valid"), _index_select, (RATIO, _K),
+          source="4.3",
+          doc="index_topk of index_scores, without the scores in memory: the same set of ids, in no"
+              " particular order, and -1 at the end."),
     OpDef("attention", ("q", "kv", "ring", "sinks", "pos", "n_valid", "entries?", "selected?"), _attention,
-          (AttrDef("scale", AttrKind.FLOAT), AttrDef("window", AttrKind.INT), AttrDef("ratio", AttrKind.INT, 0)),
+          (AttrDef("scale", AttrKind.FLOAT), AttrDef("window", AttrKind.INT),
+           AttrDef("ratio", AttrKind.INT, 0)),
           source="4.1 steps 3 and 4",
           doc="Softmax with a per-head sink over the window (ring and this call's kv) and the visible entries"
               " (all of them, or the selected)."),

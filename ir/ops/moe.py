@@ -72,11 +72,14 @@ MOE: tuple[OpDef, ...] = (
           doc="factor s_e / (sum of the chosen s + eps)."),
     OpDef("dispatch", ("x", "ids", "weights", "n_valid"), _dispatch,
           (AttrDef("experts", AttrKind.INT), AttrDef("label", AttrKind.STR)), source="4.4",
-          doc="Per expert the rows of x that chose it and their routing weights, in token order; padding is dropped."),
+          doc="Per expert the rows of x that chose it and their routing weights, in token order; padding"
+              " is dropped."),
     OpDef("scale_rows", ("x", "weights"), _scale_rows, source="4.4", doc="Row i of x times weights[i]."),
     OpDef("combine", ("ids", "n_valid", "ys*"), _combine, source="4.4",
-          doc="The inverse of dispatch: per token the sum of its experts' rows, ascending expert; padding gets 0."),
+          doc="The inverse of dispatch: per token the sum of its experts' rows, ascending expert; padding"
+              " gets 0."),
     OpDef("expert_mlp", ("x", "ids", "weights", "n_valid", "w13", "w2"), _expert_mlp,
           (AttrDef("limit", AttrKind.FLOAT),), source="4.4",
-          doc="dispatch, every expert's clamped SwiGLU MLP with the routing weight before w2, and combine, in one."),
+          doc="dispatch, every expert's clamped SwiGLU MLP with the routing weight before w2, and combine, in"
+              " one."),
 )  # fmt: skip

@@ -20,11 +20,11 @@ ARCHS = (
 """The psABI levels and generic 64-bit ARM; an artifact runs on every machine that has its arch's features."""
 
 OPS = frozenset({
-    "weight", "embed", "repeat_streams", "linear", "grouped_linear", "rms_norm", "unit_norm", "split_heads", "add",
-    "scale", "gather_rows", "clamped_swiglu", "positions", "entry_positions", "advance", "ring_write",
-    "entries_append", "rope_angles", "rotary", "position_bias", "compress", "index_select", "attention", "hc_mix",
-    "hc_collapse", "hc_expand", "hc_head_mix", "sqrt_softplus", "route_topk", "route_hash", "route_weights",
-    "expert_mlp",
+    "weight", "embed", "repeat_streams", "linear", "grouped_linear", "rms_norm", "unit_norm",
+    "split_heads", "add", "scale", "gather_rows", "clamped_swiglu", "positions", "entry_positions",
+    "advance", "ring_write", "entries_append", "rope_angles", "rotary", "position_bias", "compress",
+    "index_select", "attention", "hc_mix", "hc_collapse", "hc_expand", "hc_head_mix", "sqrt_softplus",
+    "route_topk", "route_hash", "route_weights", "expert_mlp",
 })  # fmt: skip
 """What may reach an emitter; experts are grouped and index scores are never kept."""
 
@@ -69,7 +69,12 @@ CPU = Target(
     ops=OPS,
     formats=(
         Format("tvm", _FUSE + ',narrow_weights{storage="auto"}', {"tvm": "apache-tvm"}, _load_tvm),
-        Format("onnx", _FUSE + ',narrow_weights{storage="f32"}', {"onnx": "onnx", "onnx_ir": "onnx-ir"}, _load_onnx),
+        Format(
+            "onnx",
+            _FUSE + ',narrow_weights{storage="f32"}',
+            {"onnx": "onnx"},
+            _load_onnx,
+        ),
     ),
     default_arch=host_arch,
 )

@@ -1,4 +1,4 @@
-"""The ONNX dialect of the CPU target: a TARGET-level module becomes one model for ONNX Runtime's CPU provider."""
+"""The ONNX dialect of the CPU target: a TARGET-level module as a model for ONNX Runtime's CPU provider."""
 
 from .emit import emit_onnx
 from .table import LOWERINGS

@@ -30,9 +30,10 @@ def rotary(g: Context, op: Op) -> V:
     x, cos, sin = g.tensors(op, 3)
     width, rope = size(op, 0, -1), 2 * size(op, 1, 2)
     heads = size(op, 0, 2) if op.operands[0].type.rank == 4 else 1
-    sin = g.negated(sin) if op.attrs["inverse"] else sin
+    sin = g.op("Neg", sin) if op.attrs["inverse"] else sin
     kept, turned = g.multi("Split", 2, x, [width - rope, rope], axis=-1) if rope < width else (None, x)
-    turned = g.op("RotaryEmbedding", g.reshape(turned, 0, 0, heads * rope), cos, sin, interleaved=1, num_heads=heads)
+    flat = g.reshape(turned, 0, 0, heads * rope)
+    turned = g.op("RotaryEmbedding", flat, cos, sin, interleaved=1, num_heads=heads)
     if op.operands[0].type.rank == 4:
         turned = g.reshape(turned, 0, 0, heads, rope)
     return g.op("Concat", kept, turned, axis=-1) if kept else turned
@@ -89,7 +90,7 @@ def _pool(g: Context, op: Op, first: V, count: V) -> V:
 
 
 def _group_index(g: Context, op: Op, first: V, count: V) -> V:
-    """INT64 [B,count*ratio]: rows of Concat(ring, new) that hold the tokens of the groups from `first` [B]."""
+    """INT64 [B,count*ratio]: where Concat(ring, new) holds the tokens of the groups from `first` [B] on."""
     kv, pos, ratio, ring = g.tensor(op, 0), column(g, g.tensor(op, 4)), integer(op, "ratio"), size(op, 2, 1)
     spot = g.op("Add", column(g, g.op("Mul", first, ratio)), g.iota(g.op("Mul", count, ratio)))
     new = g.op("Add", clip(g, g.op("Sub", spot, pos), g.dim(kv, 1)), ring)
@@ -103,7 +104,7 @@ def _grouped(g: Context, op: Op, index: V, which: int) -> V:
 
 
 def _with_previous(g: Context, x: V, width: int) -> V:
-    """[B,E+1,ratio,2C'] -> [B,E,2 ratio,C']: the previous group by its first half of channels, then the group."""
+    """[B,E+1,ratio,2C'] -> [B,E,2 ratio,C']: the first channels of the group before, then the group's own."""
     previous = g.op("Slice", x, [0, 0], [-1, width], [1, 3])
     return g.op("Concat", previous, g.op("Slice", x, [1, width], [2**62, 2 * width], [1, 3]), axis=2)
 
@@ -112,33 +113,35 @@ def _with_previous(g: Context, x: V, width: int) -> V:
 
 
 def index_select(g: Context, op: Op) -> V:
-    """q [B,T,H,D], weights [B,T,H], keys Entries, pos, n_valid [B] -> INT64 ids [B,T,min(k,U+E)], -1 where missing."""
+    """q [B,T,H,D], weights [B,T,H], keys Entries, pos, n_valid [B] -> INT64 ids [B,T,min(k,U+E)].
+
+    Missing ids are -1; columns that could hold nothing else are left off.
+    """
     q, weights, keys = g.tensor(op, 0), g.tensor(op, 1), g.entries(op, 2)
     ratio, pos = integer(op, "ratio"), g.tensor(op, 3)
-    existing = g.op("Add", g.dim(keys.old, 1), g.dim(keys.new, 1))
+    used, first = g.dim(keys.old, 1), g.op("Div", pos, ratio)
+    existing = g.op("Add", used, g.dim(keys.new, 1))
     best = g.op("Min", existing, integer(op, "k"))
-    first = g.op("Div", pos, ratio)
-    ids = g.op("Concat", *_ids(g, keys, first, g.dim(pos, 0)), axis=1)
+    shift = g.op("Sub", column(g, first, 2), used)  # from a new row's column to its id
     per_token = g.op("Mul", g.op("Mul", existing, 2 * size(op, 0, 2)), g.dim(pos, 0))
 
     def block(start: V, count: V) -> V:
-        here, by = _tokens(g, q, start, count), g.op("Unsqueeze", _tokens(g, weights, start, count), [2])
-        scores = [g.op("Squeeze", g.op("MatMul", by, g.op("Relu", _dots(g, op, here, k, 1.0))), [2])
-                  for k in (keys.old, keys.new)]  # fmt: skip
-        masks = _is_old(g, keys, first), _is_seen(g, keys, first, _seen(g, pos, start, count, ratio))
-        masked = [g.op("Where", m, s, -inf) for m, s in zip(masks, scores, strict=True)]
-        top, column_ = g.multi("TopK", 2, g.op("Concat", *masked, axis=-1), best, axis=-1)
-        # Columns ascend by id among the visible ones, so TopK's lower column is the lower id.
-        flat = g.reshape(g.op("GatherElements", ids, g.reshape(column_, 0, -1), axis=1), 0, count, best)
-        return g.op("Where", g.op("Greater", top, -inf), flat, -1)
+        here = _tokens(g, q, start, count)
+        by_head = g.op("Unsqueeze", _tokens(g, weights, start, count), [2])
+        visible = {
+            keys.old: _is_old(g, keys, first),
+            keys.new: _is_seen(g, keys, first, _seen(g, pos, start, count, ratio)),
+        }
+        scores = []
+        for rows, mask in visible.items():
+            dots = g.op("Relu", _dots(g, op, here, rows, 1.0))
+            scores.append(g.op("Where", mask, g.op("Squeeze", g.op("MatMul", by_head, dots), [2]), -inf))
+        top, place = g.multi("TopK", 2, g.op("Concat", *scores, axis=-1), best, axis=-1)
+        # Among the visible, ids ascend with the column, so that TopK's lower column is the lower id.
+        ids = g.op("Where", g.op("Less", place, used), place, g.op("Add", place, shift))
+        return g.op("Where", g.op("Greater", top, -inf), ids, -1)
 
     return over_token_blocks(g, g.dim(q, 1), per_token, 1 << 30, block, TensorProto.INT64)
-
-
-def _ids(g: Context, entries: Entries, first: V, batch: V) -> tuple[V, V]:
-    """INT64 [B,U] and [B,E]: the entry ids of old and new rows."""
-    old = g.op("Expand", g.iota(g.dim(entries.old, 1), 1, -1), g.shape(batch, 1))
-    return old, g.op("Add", column(g, first), g.iota(g.dim(entries.new, 1), 1, -1))
 
 
 def _seen(g: Context, pos: V, start: V, count: V, ratio: int) -> V:
@@ -195,8 +198,8 @@ def attention(g: Context, op: Op) -> V:
     floats = g.shape(2 * size(op, 2, 1) * 3 * heads)
     if len(op.operands) == 7:
         sources += [_every_old(g, op), _every_new(g, op)]
-        entries = g.entries(op, 6)
-        floats = g.op("Add", floats, g.op("Mul", g.op("Add", g.dim(entries.old, 1), g.dim(entries.new, 1)), 3 * heads))
+        held = g.op("Add", g.dim(g.entries(op, 6).old, 1), g.dim(g.entries(op, 6).new, 1))
+        floats = g.op("Add", floats, g.op("Mul", held, 3 * heads))
     if len(op.operands) == 8:
         sources.append(_selected(g, op))
         floats = g.op("Add", floats, g.op("Mul", g.dim(g.tensor(op, 7), 2), 3 * (heads + size(op, 0, 3))))
@@ -267,7 +270,8 @@ def _every_new(g: Context, op: Op) -> _Source:
 
 def _selected(g: Context, op: Op) -> _Source:
     """The entries the indexer chose, gathered per token."""
-    entries, first, ids, scale = g.entries(op, 6), column(g, _first(g, op), 2), g.tensor(op, 7), number(op, "scale")
+    entries, ids, scale = g.entries(op, 6), g.tensor(op, 7), number(op, "scale")
+    first = column(g, _first(g, op), 2)
 
     def part(q: V, start: V, count: V) -> _Part:
         chosen = _tokens(g, ids, start, count)

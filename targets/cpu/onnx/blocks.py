@@ -15,7 +15,9 @@ Body = Callable[[V, V], V]
 """(first token, token count), both INT64 [1] -> [B,n,C]."""
 
 
-def over_token_blocks(g: Graph, tokens: V, per_token: V, cap: int, body: Body, dtype: int = TensorProto.FLOAT) -> V:
+def over_token_blocks(
+    g: Graph, tokens: V, per_token: V, cap: int, body: Body, dtype: int = TensorProto.FLOAT
+) -> V:
     """[B,T,C]: `body` over blocks of equal size; the last one starts earlier, so that it is full too.
 
     Args:

@@ -21,7 +21,7 @@ def repeat_streams(g: Context, op: Op) -> V:
 
 def linear(g: Context, op: Op) -> V:
     """x [...,K], w [N,K] -> [...,N]."""
-    return g.matmul_t(*g.tensors(op, 2))
+    return g.matmul_t(g.tensor(op, 0), g.tensor(op, 1))
 
 
 def grouped_linear(g: Context, op: Op) -> V:
@@ -41,11 +41,8 @@ def rms_norm(g: Context, op: Op) -> V:
 
 def unit_norm(g: Context, op: Op) -> V:
     """x [...,D] -> [...,D]; times 1 is exact."""
-    return g.op("RMSNormalization", g.tensor(op, 0), _ones(g, size(op, 0, -1)), axis=-1, epsilon=number(op, "eps"))
-
-
-def _ones(g: Context, n: int) -> V:
-    return g.op("Expand", 1.0, [n])
+    ones = g.op("Expand", 1.0, [size(op, 0, -1)])
+    return g.op("RMSNormalization", g.tensor(op, 0), ones, axis=-1, epsilon=number(op, "eps"))
 
 
 def split_heads(g: Context, op: Op) -> V:

@@ -13,20 +13,24 @@ from dsv4c.ir.weights import TensorStore
 from dsv4c.runtime.container import ArtifactWriter
 
 from .lowering import Context, Entries, V, integer
-from .stored import store_weight
+from .stored import LOCATION_MARK, store_weight, stored_bytes
 from .table import LOWERINGS
 
 Progress = Callable[[str, int, int], None]
 """(tensor name, bytes done, bytes in all)"""
 
 
-def emit_onnx(module: Module, store: TensorStore, writer: ArtifactWriter, progress: Progress | None = None) -> None:
+def emit_onnx(
+    module: Module, store: TensorStore, writer: ArtifactWriter, progress: Progress | None = None
+) -> None:
     """Write `module` as an ONNX model whose weights lie in the artifact as f32 and i32 tensors.
 
     The model's inputs are the module's arguments under their own names. Its outputs are the module's outputs;
-    the value of state `s` after the step is called `s.after`, and of entries it holds the new rows only.
-    meta["onnx"] = {"tensors": [names, in the order of the marks], "states": {name: {"output", and for entries
-    "ratio" and "read"}}}; "read" is "some" when only gathers touch the old rows, else "all".
+    the value of state `s` after the step is called `s.after`, and of entries it holds the new rows only. Of
+    entries the model is fed the used rows, at least one: [B, "used.<state>", D].
+    meta["onnx"] = {"location": the mark of the file, "tensors": [names, in the order of the offset marks],
+    "states": {name: {"output", and for entries "ratio" and "read"}}}; "read" is "some" when only gathers
+    touch the old rows, else "all".
 
     Args:
         progress: called after each tensor with its name, the bytes done and the bytes in all.
@@ -45,27 +49,26 @@ def emit_onnx(module: Module, store: TensorStore, writer: ArtifactWriter, progre
     outputs = [_output(g, name, value, module) for name, value in module.outputs.items()]
     model = g.model(inputs, outputs, weights)
     writer.add_section("onnx", model.SerializeToString())
-    writer.set_meta("onnx", {"tensors": [w.name for w in weights], "states": _states(module)})
+    tensors = [w.name for w in weights]
+    writer.set_meta("onnx", {"location": LOCATION_MARK, "tensors": tensors, "states": _states(module)})
 
 
 def _check(module: Module) -> None:
     for op in module.ops:
         if op.weight is None and op.name not in LOWERINGS:
-            raise TargetError(
-                f"{op.name} has no ONNX lowering", where=op.loc or module.name, allowed=", ".join(sorted(LOWERINGS))
-            )  # fmt: skip
+            allowed = ", ".join(sorted(LOWERINGS))
+            raise TargetError(f"{op.name} has no ONNX lowering", where=op.loc or module.name, allowed=allowed)
 
 
 def _store_weights(
     g: Context, module: Module, store: TensorStore, writer: ArtifactWriter, progress: Progress | None
 ) -> list[TensorProto]:
     ops = [op for op in module.weights() if op.result.uses]
-    total, done, out = sum(op.weight.nbytes for op in ops if op.weight), 0, []
+    total, done, out = sum(map(stored_bytes, ops)), 0, []
     for index, (op, name) in enumerate(zip(ops, _names(ops), strict=True)):
         out.append(store_weight(op, name, index, store, writer))
         g.values[op.result] = V(name)
-        assert op.weight is not None
-        done += op.weight.nbytes
+        done += stored_bytes(op)
         if progress:
             progress(name, done, total)
     return out

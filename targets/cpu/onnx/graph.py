@@ -19,6 +19,10 @@ V = NewType("V", str)
 Arg = V | int | float | Sequence[int] | None
 """An input of a node: a tensor, a constant (a scalar, or a list as INT64 [n]), or nothing."""
 
+Body = Callable[[V, V | None], tuple[V | None, V | None]]
+"""(iteration INT64 [], carried) -> (carried', scanned), one of the pair."""
+
+Infos = Sequence[ValueInfoProto]
 OPSET = 23
 IR_VERSION = 11
 CONTRIB = "com.microsoft"
@@ -84,10 +88,8 @@ class Graph:
 
     # -------------------------------------------------------------------------- sub-graphs
 
-    def loop(
-        self, trips: V, carried: V | None, body: Callable[[V, V | None], tuple[V | None, V | None]], scan: int = 0
-    ) -> V:
-        """`body(i, carried) -> (carried', scanned)` for i in 0 .. trips-1 (trips INT64 [1]).
+    def loop(self, trips: V, carried: V | None, body: Body, scan: int = TensorProto.FLOAT) -> V:
+        """`body` for i in 0 .. trips-1 (trips INT64 [1]).
 
         Returns the last carried FLOAT tensor, or the scanned tensors, of element type `scan`, joined along a
         new leading axis: a loop has one of the two.
@@ -101,7 +103,7 @@ class Graph:
         inputs = [_info(i, TensorProto.INT64, []), _info(keep, TensorProto.BOOL, [])]
         if carried:
             inputs.append(_info(state, TensorProto.FLOAT))
-        outputs = [_info(go, TensorProto.BOOL, []), _info(result, scan or TensorProto.FLOAT)]
+        outputs = [_info(go, TensorProto.BOOL, []), _info(result, TensorProto.FLOAT if after else scan)]
         graph = helper.make_graph(nodes, self._fresh("body"), inputs, outputs)
         operands = [self.op("Squeeze", trips), None] + ([carried] if carried else [])
         return self.op("Loop", *operands, body=graph)
@@ -112,7 +114,8 @@ class Graph:
         for side in (then, other):
             with self._scope() as nodes:
                 result = self.op("Identity", side())
-            sides.append(helper.make_graph(nodes, self._fresh("side"), [], [_info(result, TensorProto.FLOAT)]))
+            outputs = [_info(result, TensorProto.FLOAT)]
+            sides.append(helper.make_graph(nodes, self._fresh("side"), [], outputs))
         return self.op("If", condition, then_branch=sides[0], else_branch=sides[1])
 
     @contextmanager
@@ -125,9 +128,7 @@ class Graph:
 
     # ------------------------------------------------------------------------------- model
 
-    def model(
-        self, inputs: Sequence[ValueInfoProto], outputs: Sequence[ValueInfoProto], weights: Sequence[TensorProto]
-    ) -> ModelProto:
+    def model(self, inputs: Infos, outputs: Infos, weights: Sequence[TensorProto]) -> ModelProto:
         """The finished model."""
         initializers = [*self._constants.values(), *weights]
         graph = helper.make_graph(self._scopes[0], "step", inputs, outputs, initializers)

@@ -1,8 +1,8 @@
 """What a lowering sees: the op's operands as ONNX tensors, its attributes, and the graph to append to.
 
 A lowering is a function ``(g, op) -> tensor(s)``. Integer values are INT64 inside the graph whatever the IR
-says. The value of an `entries_append` is never one tensor but `Entries`: the rows kept by the runtime, and the
-rows of this call, which are all that the step hands back.
+says. The value of an `entries_append` is never one tensor but `Entries`: the rows kept by the runtime, and
+the rows of this call, which are all that the step hands back.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from dsv4c.errors import TargetError
 from dsv4c.ir.graph import Op, Value
 
-from .graph import Graph, V as V
+from .graph import Graph, V
+
+__all__ = ["Context", "Entries", "Lowering", "V", "integer", "number", "size"]
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,13 @@ class Context(Graph):
     def __init__(self) -> None:
         super().__init__()
         self.values: dict[Value, Lowered] = {}
-        self._negated: dict[V, V] = {}
 
     def tensor(self, op: Op, index: int) -> V:
         """Operand `index` as a tensor."""
         value = self.values[op.operands[index]]
         if isinstance(value, Entries):
-            raise TargetError(f"{op.name} reads entries as one tensor", where=op.loc, allowed="attention, index_select")
+            readers = "attention, index_select"
+            raise TargetError(f"{op.name} reads entries as one tensor", where=op.loc, allowed=readers)
         return value
 
     def tensors(self, op: Op, count: int) -> list[V]:
@@ -54,14 +56,8 @@ class Context(Graph):
         """Operand `index` as the result of an `entries_append`."""
         value = self.values[op.operands[index]]
         if not isinstance(value, Entries):
-            raise TargetError(f"{op.name} reads entries that no entries_append of this step made", where=op.loc)
+            raise TargetError(f"{op.name} reads entries that no entries_append made", where=op.loc)
         return value
-
-    def negated(self, x: V) -> V:
-        """-x, once per tensor; only for tensors of the outermost graph."""
-        if x not in self._negated:
-            self._negated[x] = self.op("Neg", x)
-        return self._negated[x]
 
 
 Lowering = Callable[[Context, Op], Result]

@@ -1,8 +1,7 @@
 """Writes weights into the artifact and declares them as ONNX external data that lies in the artifact itself.
 
-Where a tensor lies and what the file will be called is known only when the artifact is opened. So the model
-carries marks of fixed width, ``@location@...`` and ``@offset:<index>@...``, which the runtime overwrites:
-see `runtime.onnx_backend`. `<index>` counts the names in meta["onnx"]["tensors"].
+Where a tensor lies and what the file will be called is known only when the artifact is opened: until then the
+model carries marks, which the runtime overwrites with as many characters.
 """
 
 from __future__ import annotations
@@ -20,19 +19,25 @@ from dsv4c.ir.weights import TensorStore, WeightExpr, materialise
 from dsv4c.runtime.container import ArtifactWriter
 
 LOCATION_MARK = "@location@".ljust(258, "@")
-"""258 = 2 + 256: room for "./" and the longest file name of every usual file system."""
+"""Stands for the file; room for "./" and the longest name that usual file systems allow, 255 bytes."""
 
 BAND = 1 << 25
 """Bytes of decoded rows made at a time."""
 
 
 def offset_mark(index: int) -> str:
-    """20 characters, as many as the largest offset has digits."""
+    """Stands for the offset of tensor `index` of meta["onnx"]["tensors"]; as wide as the largest offset."""
     return f"@offset:{index}@".ljust(20, "@")
 
 
+def stored_bytes(op: Op) -> int:
+    """Bytes of a `weight` op in the artifact."""
+    assert op.weight is not None
+    return 4 * prod(op.weight.shape)
+
+
 def store_weight(op: Op, name: str, index: int, store: TensorStore, writer: ArtifactWriter) -> TensorProto:
-    """Stream one `weight` op into the artifact, as f32 or i32, and declare it.
+    """Stream one `weight` op into the artifact, as f32 or i32, and declare it; `index` counts the calls.
 
     Raises:
         TargetError: the weight is neither of floats nor of 32-bit integers.
@@ -44,7 +49,7 @@ def store_weight(op: Op, name: str, index: int, store: TensorStore, writer: Arti
     kind, proto = ("f32", TensorProto.FLOAT) if expr.dtype.is_float else ("i32", TensorProto.INT32)
     writer.add_tensor(name, kind, expr.shape, _pieces(expr, store))
     tensor = TensorProto(name=name, data_type=proto, dims=expr.shape, data_location=TensorProto.EXTERNAL)
-    place = {"location": LOCATION_MARK, "offset": offset_mark(index), "length": str(4 * prod(expr.shape))}
+    place = {"location": LOCATION_MARK, "offset": offset_mark(index), "length": str(stored_bytes(op))}
     for key, value in place.items():
         tensor.external_data.add(key=key, value=value)
     return tensor

@@ -98,7 +98,10 @@ class Context:
             name += "'"
         if name not in self.packed:
             shape = [tirx.IntImm("int64", n) for n in expr.shape]
-            self.packed[name] = (relax.Var(f"w{len(self.packed)}", relax.TensorType(shape, DTYPES[expr.dtype])), expr)
+            self.packed[name] = (
+                relax.Var(f"w{len(self.packed)}", relax.TensorType(shape, DTYPES[expr.dtype])),
+                expr,
+            )
         return self.packed[name][0]
 
     def ones(self, n: int) -> Var:

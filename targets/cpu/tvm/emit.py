@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -24,7 +25,9 @@ from .context import Context
 from .lowering import LOWERINGS
 
 
-def emit_tvm(module: Module, store: TensorStore, writer: ArtifactWriter, arch: Arch, progress: Progress) -> None:
+def emit_tvm(
+    module: Module, store: TensorStore, writer: ArtifactWriter, arch: Arch, progress: Progress
+) -> None:
     """Write sections `code` and `tvm_runtime`, the packed weights, and meta `tvm`.
 
     Raises:
@@ -105,13 +108,11 @@ def find_linker(triple: str | None = None) -> Any:
     native = next((c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)), None)
     if native and not triple:
         return cc.cross_compiler(native)
-    try:
-        import ziglang  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("ziglang") is None:
         raise ToolchainError(
             "no linker found", allowed="gcc or clang on PATH, or the ziglang package",
             hint="pip install ziglang, or install gcc",
-        ) from None  # fmt: skip
+        )  # fmt: skip
     extra = ["-target", triple] if triple else []
     return cc.cross_compiler([sys.executable, "-m", "ziglang", "cc"], options=extra)
 

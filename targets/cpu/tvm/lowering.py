@@ -60,9 +60,19 @@ def grouped_linear(c: Context, op: Op) -> None:
     n = rows // groups
 
     def layout(e: WeightExpr) -> WeightExpr:
-        return w.concat(tuple(_panels(w.rows(e, g * n, (g + 1) * n), dense.panel_width(n)) for g in range(groups)))
+        return w.concat(
+            tuple(_panels(w.rows(e, g * n, (g + 1) * n), dense.panel_width(n)) for g in range(groups))
+        )
 
-    c.lower(op, dense.grouped_linear, groups, k, n, is_bf16(weight_), args=[c.values[x], c.weight(weight_, layout)])
+    c.lower(
+        op,
+        dense.grouped_linear,
+        groups,
+        k,
+        n,
+        is_bf16(weight_),
+        args=[c.values[x], c.weight(weight_, layout)],
+    )
 
 
 def rms_norm(c: Context, op: Op) -> None:
@@ -226,7 +236,9 @@ def expert_mlp(c: Context, op: Op) -> None:
         c.kernel(dense.expert_order, experts, topk), [c.values[ids], c.values[n_valid]],
         relax.TensorType([routes], "int32"), relax.TensorType([experts + 1], "int32"),
     )  # fmt: skip
-    first = c.weight(w13, lambda e: _per_expert(e, lambda m: _panels(w.pair_rows(m, dense.PAIR), 2 * dense.PAIR)))
+    first = c.weight(
+        w13, lambda e: _per_expert(e, lambda m: _panels(w.pair_rows(m, dense.PAIR), 2 * dense.PAIR))
+    )
     second = c.weight(w2, lambda e: _per_expert(e, lambda m: _panels(m, dense.panel_width(k))))
     (hidden,) = c.call(
         c.kernel(dense.expert_hidden, experts, k, inner, topk, op.attrs["limit"], bf16),
@@ -238,12 +250,14 @@ def expert_mlp(c: Context, op: Op) -> None:
 
 LOWERINGS: dict[str, Lowering] = {
     "weight": weight, "embed": embed, "repeat_streams": repeat_streams, "linear": linear,
-    "grouped_linear": grouped_linear, "rms_norm": rms_norm, "unit_norm": unit_norm, "split_heads": split_heads,
-    "add": add, "scale": scale, "sqrt_softplus": sqrt_softplus, "clamped_swiglu": clamped_swiglu,
-    "gather_rows": gather_rows, "positions": positions, "entry_positions": entry_positions, "advance": advance,
-    "ring_write": ring_write, "entries_append": entries_append, "rope_angles": rope_angles, "rotary": rotary,
-    "position_bias": position_bias, "compress": compress_, "index_select": index_select, "attention": attention,
-    "hc_mix": hc_mix, "hc_collapse": hc_collapse, "hc_expand": hc_expand, "hc_head_mix": hc_head_mix,
-    "route_topk": route_topk, "route_hash": route_hash, "route_weights": route_weights, "expert_mlp": expert_mlp,
+    "grouped_linear": grouped_linear, "rms_norm": rms_norm, "unit_norm": unit_norm,
+    "split_heads": split_heads, "add": add, "scale": scale, "sqrt_softplus": sqrt_softplus,
+    "clamped_swiglu": clamped_swiglu, "gather_rows": gather_rows, "positions": positions,
+    "entry_positions": entry_positions, "advance": advance, "ring_write": ring_write,
+    "entries_append": entries_append, "rope_angles": rope_angles, "rotary": rotary,
+    "position_bias": position_bias, "compress": compress_, "index_select": index_select,
+    "attention": attention, "hc_mix": hc_mix, "hc_collapse": hc_collapse, "hc_expand": hc_expand,
+    "hc_head_mix": hc_head_mix, "route_topk": route_topk, "route_hash": route_hash,
+    "route_weights": route_weights, "expert_mlp": expert_mlp,
 }  # fmt: skip
 """Every op this emitter takes."""

@@ -4,7 +4,7 @@ Heads lie across vector lanes: all heads share one key, so a key's channel is a 
 runs across lanes. Keys are staged 16 at a time from ring, this call's rows, or entries.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, valid-type, misc"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, valid-type, misc"
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -90,7 +90,9 @@ def attention(a: AttentionShape):
                 for c in T.serial(d):
                     for j in T.serial(LANES):
                         qt[c * LANES + j] = T.if_then_else(
-                            h0 + j < heads, Q[b, t, T.min(h0 + j, heads - 1), c] * T.float32(a.scale), T.float32(0)
+                            h0 + j < heads,
+                            Q[b, t, T.min(h0 + j, heads - 1), c] * T.float32(a.scale),
+                            T.float32(0),
                         )
                     out[ramp(c * LANES)] = zeros()
                 for j in T.serial(LANES):

@@ -1,6 +1,6 @@
 """Compressor kernels: position bias and the gated pooling of closed groups (section 4.2)."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, valid-type, misc"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, valid-type, misc"
 from __future__ import annotations
 
 from tvm.script import tirx as T
@@ -33,9 +33,7 @@ def compress(ratio: int, width: int, overlap: bool):
     channels, rows = halves * width, halves * ratio
 
     @T.prim_func(s_tir=True)
-    def func(
-        kv: T.handle, g: T.handle, kr: T.handle, gr: T.handle, p: T.handle, v: T.handle, y: T.handle
-    ):
+    def func(kv: T.handle, g: T.handle, kr: T.handle, gr: T.handle, p: T.handle, v: T.handle, y: T.handle):
         T.func_attr({"tir.noalias": True})
         B = T.int64()
         S = T.int64()
@@ -77,13 +75,17 @@ def compress(ratio: int, width: int, overlap: bool):
                                 w1 = T.alloc_buffer((1,), "float32", scope="local")
                                 w1[0] = T.exp(G[b, first[1] - P[b], r // ratio * width + c] - top[c])
                                 total[c] = total[c] + w1[0]
-                                Y[b, i, c] = Y[b, i, c] + w1[0] * KV[b, first[1] - P[b], r // ratio * width + c]
+                                Y[b, i, c] = (
+                                    Y[b, i, c] + w1[0] * KV[b, first[1] - P[b], r // ratio * width + c]
+                                )
                         else:
                             for c in T.serial(width):
                                 w2 = T.alloc_buffer((1,), "float32", scope="local")
                                 w2[0] = T.exp(GR[b, first[1] % rows, r // ratio * width + c] - top[c])
                                 total[c] = total[c] + w2[0]
-                                Y[b, i, c] = Y[b, i, c] + w2[0] * KR[b, first[1] % rows, r // ratio * width + c]
+                                Y[b, i, c] = (
+                                    Y[b, i, c] + w2[0] * KR[b, first[1] % rows, r // ratio * width + c]
+                                )
                 for c in T.serial(width):
                     Y[b, i, c] = Y[b, i, c] / total[c]
 

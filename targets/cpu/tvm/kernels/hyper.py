@@ -1,6 +1,6 @@
 """Hyper-connection kernels (section 4 of the specification)."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, valid-type, misc"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, valid-type, misc"
 from __future__ import annotations
 
 from tvm.script import tirx as T
@@ -143,7 +143,9 @@ def hc_collapse(n: int, d: int):
                 Y[m // S, m % S, j] = X[m // S, m % S, 0, j] * A[m // S, m % S, 0]
             for i in T.serial(n - 1):
                 for j in T.serial(d):
-                    Y[m // S, m % S, j] = Y[m // S, m % S, j] + X[m // S, m % S, i + 1, j] * A[m // S, m % S, i + 1]
+                    Y[m // S, m % S, j] = (
+                        Y[m // S, m % S, j] + X[m // S, m % S, i + 1, j] * A[m // S, m % S, i + 1]
+                    )
 
     return func
 

@@ -1,6 +1,6 @@
 """Kernels that work on one token row at a time: embedding, norms, element-wise maps, rotary."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, valid-type, misc"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, valid-type, misc"
 from __future__ import annotations
 
 from tvm.script import tirx as T
@@ -187,10 +187,9 @@ def rotary(heads: int | None, d: int, half: int, inverse: bool):
                 for j in T.serial(start):
                     Yf[(m * inner + h) * d + j] = Xf[(m * inner + h) * d + j]
                 for j in T.serial(half):
-                    Yf[(m * inner + h) * d + start + 2 * j] = (
-                        Xf[(m * inner + h) * d + start + 2 * j] * Cf[m * half + j]
-                        - Xf[(m * inner + h) * d + start + 2 * j + 1] * Sf[m * half + j] * T.float32(sign)
-                    )
+                    Yf[(m * inner + h) * d + start + 2 * j] = Xf[(m * inner + h) * d + start + 2 * j] * Cf[
+                        m * half + j
+                    ] - Xf[(m * inner + h) * d + start + 2 * j + 1] * Sf[m * half + j] * T.float32(sign)
                     Yf[(m * inner + h) * d + start + 2 * j + 1] = (
                         Xf[(m * inner + h) * d + start + 2 * j] * Sf[m * half + j] * T.float32(sign)
                         + Xf[(m * inner + h) * d + start + 2 * j + 1] * Cf[m * half + j]

@@ -1,6 +1,6 @@
 """Index selection: scores of visible entries and the k best of them (section 4.3)."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, valid-type, misc"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, valid-type, misc"
 from __future__ import annotations
 
 from tvm.script import tirx as T
@@ -59,7 +59,9 @@ def index_select(heads: int, d: int, ratio: int, k: int):
                         for c in T.serial(d):
                             for j in T.serial(LANES):
                                 qt[(g * d + c) * LANES + j] = T.if_then_else(
-                                    g * LANES + j < heads, Q[b, t, T.min(g * LANES + j, heads - 1), c], T.float32(0)
+                                    g * LANES + j < heads,
+                                    Q[b, t, T.min(g * LANES + j, heads - 1), c],
+                                    T.float32(0),
                                 )
                     for blk in T.serial((n[0] + (KEYS - 1)) // KEYS):
                         for i in T.unroll(KEYS):
@@ -75,7 +77,8 @@ def index_select(heads: int, d: int, ratio: int, k: int):
                             for i in T.unroll(KEYS):
                                 for j in T.serial(T.min(LANES, heads - g * LANES)):
                                     total[i] = (
-                                        total[i] + T.max(acc[i * LANES + j], T.float32(0)) * W[b, t, g * LANES + j]
+                                        total[i]
+                                        + T.max(acc[i * LANES + j], T.float32(0)) * W[b, t, g * LANES + j]
                                     )
                         for i in T.serial(T.min(KEYS, n[0] - blk * KEYS)):
                             # adding 0 turns -0.0 into 0.0, which must tie
@@ -86,14 +89,17 @@ def index_select(heads: int, d: int, ratio: int, k: int):
                         for i in T.serial(256):
                             count[i] = 0
                         for i in T.serial(n[0]):
-                            # the digits above this one must match; (x >> 8) >> (24 - 8 step) never shifts by 32
+                            # higher digits must match; (x >> 8) >> (24 - 8 step) never shifts by 32
                             if step == 0 or T.shift_right(
                                 T.shift_right(score[i], T.uint32(8)), T.cast(24 - 8 * step, "uint32")
-                            ) == T.shift_right(T.shift_right(prefix[0], T.uint32(8)), T.cast(24 - 8 * step, "uint32")):
+                            ) == T.shift_right(
+                                T.shift_right(prefix[0], T.uint32(8)), T.cast(24 - 8 * step, "uint32")
+                            ):
                                 digit = T.meta_var(
                                     T.cast(
                                         T.bitwise_and(
-                                            T.shift_right(score[i], T.cast(24 - 8 * step, "uint32")), T.uint32(255)
+                                            T.shift_right(score[i], T.cast(24 - 8 * step, "uint32")),
+                                            T.uint32(255),
                                         ),
                                         "int32",
                                     )
@@ -104,7 +110,8 @@ def index_select(heads: int, d: int, ratio: int, k: int):
                             state[0] = state[0] - count[state[1]]
                             state[1] = state[1] - 1
                         prefix[0] = T.bitwise_or(
-                            prefix[0], T.shift_left(T.cast(state[1], "uint32"), T.cast(24 - 8 * step, "uint32"))
+                            prefix[0],
+                            T.shift_left(T.cast(state[1], "uint32"), T.cast(24 - 8 * step, "uint32")),
                         )
                     state[2] = 0
                     for i in T.serial(n[0]):

@@ -1,6 +1,6 @@
 """Kernels over positions and persistent state; writes work in place on the caller's buffers."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, valid-type, misc"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, valid-type, misc"
 from __future__ import annotations
 
 from tvm.script import tirx as T
@@ -73,7 +73,7 @@ def advance():
 
 
 def ring_write(window: int, d: int):
-    """Row t of rows [B,S,d] into slot (pos + t) mod window of ring [B,window,d]; the last `window` suffice."""
+    """Row t of rows [B,S,d] into slot (pos + t) mod window of ring [B,window,d]; the last ones suffice."""
 
     @T.prim_func(s_tir=True)
     def func(r: T.handle, x: T.handle, p: T.handle, v: T.handle):

@@ -1,0 +1,135 @@
+"""What a command is, and the parsing of arguments that all commands share.
+
+Knows no command. Every complaint about a command line leaves here as a `UsageError`, so that it reads
+like every other error and so that `--json` can carry it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from dsv4c.errors import ToolchainError, UsageError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word after `dsv4c`.
+
+    Attributes:
+        summary: one line for the list of commands, without a full stop.
+        about: what the command does and what it leaves behind, for its own --help.
+        examples: command lines that work as they stand, one a line.
+        arguments: declares options on the parser.
+        run: carries the command out; returns the exit code.
+    """
+
+    name: str
+    summary: str
+    about: str
+    examples: tuple[str, ...]
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises instead of exiting, takes no abbreviations, and keeps the line breaks of its texts."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, where=self.prog, hint=f"{self.prog} --help")
+
+
+def examples(lines: tuple[str, ...]) -> str:
+    """The epilog of a help text."""
+    return "examples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object; errors become one too")
+
+
+def threads_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=integer(1), metavar="N", help="worker threads (default: every core)")
+
+
+def integer(at_least: int) -> Callable[[str], int]:
+    """An argument type: an integer that is not too small."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = at_least - 1
+        if value < at_least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {at_least}")
+        return value
+
+    return convert
+
+
+def number(text: str) -> float:
+    """An argument type: what Python reads as a float; ranges are the business of who takes it."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def id_list(text: str) -> list[int]:
+    """An argument type: `1,2,3` or `1 2 3` -> token ids."""
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isascii() and word.isdigit() for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids like 1,2,3")
+    return [int(word) for word in words]
+
+
+def read_text(path: str) -> str:
+    """A text file as UTF-8; `-` is standard input.
+
+    Raises:
+        UsageError: it cannot be read or is not text.
+    """
+    try:
+        return Path("/dev/stdin" if path == "-" else path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError("no such file", where=path) from None
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror or error}", where=path) from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"is not UTF-8 text: {error.reason} at byte {error.start}", where=path) from None
+
+
+def check_directory_of(path: str, what: str) -> None:
+    """Refuse an output whose directory is missing now, before long work.
+
+    Raises:
+        UsageError: the directory is missing, or `path` is a directory itself.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise UsageError(f"{what} is a directory", where=path, hint="name a file")
+    if not target.parent.is_dir():
+        raise UsageError(f"the directory of {what} does not exist", where=path, hint=f"mkdir -p {target.parent}")
+
+
+def load_api() -> ModuleType:
+    """`dsv4c.api`; late, because running artifacts must work where the compiler is not installed.
+
+    Raises:
+        ToolchainError: a package of the compiler is missing; names it.
+    """
+    try:
+        from dsv4c import api
+    except ImportError as error:
+        raise ToolchainError(
+            f"the compiler is not installed: {error}", hint='pip install "dsv4c[compile]"'
+        ) from error
+    return api

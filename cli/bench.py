@@ -1,0 +1,138 @@
+"""`dsv4c bench`: how fast an artifact reads prompts and writes tokens here, on random ids."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dsv4c.errors import UsageError
+from dsv4c.runtime import Artifact, Session
+from dsv4c.runtime.session import DEFAULT_CHUNK
+
+from .base import Command, integer, json_option, threads_option
+from .progress import Bars
+from .show import as_json, rate, size, table
+
+Ids = npt.NDArray[np.int32]
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="artifact")
+    parser.add_argument("--prompt-tokens", type=integer(1), default=512, metavar="N", help="per row (default 512)")
+    parser.add_argument("--decode-tokens", type=integer(1), default=64, metavar="N", help="per row (default 64)")
+    parser.add_argument("--repeat", type=integer(1), default=5, metavar="N", help="timed runs (default 5)")
+    parser.add_argument("--batch", type=integer(1), default=1, metavar="N", help="rows side by side (default 1)")
+    parser.add_argument("--chunk", type=integer(1), default=DEFAULT_CHUNK, metavar="N", help="prompt tokens per step")
+    threads_option(parser)
+    json_option(parser)
+
+
+def _run(args: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    artifact = Artifact.open(args.file)
+    context = _context(artifact, args)
+    session = Session(artifact, batch=args.batch, context=context, threads=args.threads)
+    load = time.perf_counter() - started
+    ids = np.random.default_rng(0).integers(0, session.model["vocab_size"], (args.batch, context), np.int32)
+    prompt, rest = ids[:, : args.prompt_tokens], ids[:, args.prompt_tokens :]
+    _once(session, prompt[:, : args.chunk], rest[:, :1], args.chunk)  # the first step loads pages and plans
+    runs = []
+    with Bars() as bars:
+        for done in range(args.repeat):
+            bars("runs", done, args.repeat)
+            runs.append(_once(session, prompt, rest, args.chunk))
+        bars("runs", args.repeat, args.repeat)
+    facts = _facts(args, session, load, runs)
+    print(as_json(facts) if args.json else _text(facts))
+    return 0
+
+
+def _context(artifact: Artifact, args: argparse.Namespace) -> int:
+    need, longest = args.prompt_tokens + args.decode_tokens, int(artifact.meta["model"]["max_positions"])
+    if need > longest:
+        raise UsageError(
+            f"{need} positions do not fit the model", where="dsv4c bench", allowed=f"at most {longest}",
+            hint="give smaller --prompt-tokens or --decode-tokens",
+        )  # fmt: skip
+    return int(need)
+
+
+def _once(session: Session, prompt: Ids, rest: Ids, chunk: int) -> tuple[float, float]:
+    """Seconds to read the prompt and to take the other tokens one by one, from a fresh state."""
+    session.reset()
+    started = time.perf_counter()
+    session.prefill(prompt.tolist(), chunk)
+    middle = time.perf_counter()
+    for column in range(rest.shape[1]):
+        session.step(rest[:, column : column + 1])
+    return middle - started, time.perf_counter() - middle
+
+
+def _facts(
+    args: argparse.Namespace, session: Session, load: float, runs: list[tuple[float, float]]
+) -> dict[str, Any]:
+    phases = zip(("prefill", "decode"), (args.prompt_tokens, args.decode_tokens), zip(*runs, strict=True), strict=True)
+    artifact = session.artifact
+    return {
+        "path": str(artifact.path),
+        "target": f"{artifact.meta['target']}:{artifact.meta['arch']['name']}",
+        "format": artifact.meta["format"],
+        "settings": {
+            key: getattr(args, key) for key in ("prompt_tokens", "decode_tokens", "repeat", "batch", "chunk", "threads")
+        },
+        "tokens_per_second": {name: _spread(args.batch * count, seconds) for name, count, seconds in phases},
+        "load_seconds": load,
+        "peak_rss_bytes": peak_rss(),
+        "weight_bytes": sum(t.nbytes for t in artifact.tensors.values() if not t.name.startswith("golden.")),
+        "state_bytes": session.state_bytes,
+    }
+
+
+def _spread(tokens: int, seconds: tuple[float, ...]) -> dict[str, float]:
+    rates = [rate(tokens, s) for s in seconds]
+    return {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
+
+
+def peak_rss() -> int:
+    """Bytes of memory this process held at its peak, the mapped weights that were touched included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def _text(facts: dict[str, Any]) -> str:
+    speeds = [
+        (name, *(f"{spread[key]:.1f}" for key in ("median", "min", "max")))
+        for name, spread in facts["tokens_per_second"].items()
+    ]
+    sizes = [
+        ("load", f"{facts['load_seconds']:.2f} s"),
+        *((key, size(facts[f"{key}_bytes"])) for key in ("weight", "state", "peak_rss")),
+    ]
+    s = facts["settings"]
+    head = (
+        f"{facts['path']}: {facts['target']}, {facts['format']}; {s['prompt_tokens']} + {s['decode_tokens']} tokens, "
+        f"batch {s['batch']}, {s['repeat']} runs"
+    )
+    speed = table(speeds, ("tokens/s", "median", "min", "max"), right=[1, 2, 3])
+    return f"{head}\n\n{speed}\n\n{table(sizes, right=[1])}"
+
+
+BENCH = Command(
+    name="bench",
+    summary="measure tokens per second of an artifact",
+    about="Time prefill and decode on random token ids. All rows of a batch count; the median of the runs is the\n"
+    "number to quote.",
+    examples=(
+        "dsv4c bench m.dsv4",
+        "dsv4c bench m.dsv4 --prompt-tokens 2048 --decode-tokens 128 --threads 8 --json",
+    ),
+    arguments=_arguments,
+    run=_run,
+)

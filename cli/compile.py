@@ -1,0 +1,87 @@
+"""`dsv4c compile`: a checkpoint directory into one artifact file, with a summary at the end."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from dsv4c.runtime import Artifact
+
+from .base import Command, json_option, load_api
+from .progress import Bars
+from .show import as_json, section, size, table
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="directory with config.json and *.safetensors")
+    parser.add_argument("--target", required=True, metavar="T[:ARCH]", help="machine to compile for: dsv4c targets")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="artifact to write, e.g. m.dsv4")
+    parser.add_argument("--format", default="tvm", metavar="F", help="tvm (default) or onnx")
+    parser.add_argument("--numerics", default="exact", metavar="N", help="exact (default): FP32 arithmetic")
+    parser.add_argument("--passes", metavar="P,...", help="a pipeline instead of the target's own: dsv4c passes")
+    parser.add_argument("--dump-ir", metavar="DIR", help="write the IR text after every pass into DIR")
+    parser.add_argument("--no-golden", action="store_true", help="leave out the vectors that dsv4c verify replays")
+    json_option(parser)
+
+
+def _run(args: argparse.Namespace) -> int:
+    api = load_api()
+    started = time.perf_counter()
+    with Bars() as bars:
+        path = api.compile(
+            args.checkpoint, output=args.output, target=args.target, numerics=args.numerics, format=args.format,
+            passes=args.passes, golden=not args.no_golden, dump_ir=args.dump_ir, progress=bars,
+        )  # fmt: skip
+    facts = summary(Artifact.open(path), time.perf_counter() - started)
+    print(as_json(facts) if args.json else _text(facts))
+    return 0
+
+
+def summary(artifact: Artifact, seconds: float) -> dict[str, Any]:
+    """What a compilation made: sizes in bytes, op counts, seconds in all."""
+    meta = artifact.meta
+    golden = sum(t.nbytes for t in artifact.tensors.values() if t.name.startswith("golden."))
+    return {
+        "path": str(artifact.path),
+        "target": f"{meta['target']}:{meta['arch']['name']}",
+        "format": meta["format"],
+        "numerics": meta["numerics"],
+        "bytes": {
+            "file": artifact.path.stat().st_size,
+            "weights": artifact.weight_bytes - golden,
+            "golden": golden,
+            "sections": {s.name: s.nbytes for s in artifact.sections.values()},
+        },
+        "ops": meta["report"]["ops"],
+        "pipeline": meta["report"]["pipeline"],
+        "passes": meta["report"]["passes"],
+        "seconds": round(seconds, 3),
+    }
+
+
+def _text(facts: dict[str, Any]) -> str:
+    sizes = facts["bytes"]
+    rows = [("weights", size(sizes["weights"])), *((name, size(n)) for name, n in sizes["sections"].items())]
+    if sizes["golden"]:
+        rows.append(("golden vectors", size(sizes["golden"])))
+    ops = " -> ".join(f"{count} at {level}" for level, count in facts["ops"].items())
+    return (
+        f"{facts['path']}: {size(sizes['file'])}, {facts['target']}, {facts['format']}, {facts['numerics']}, "
+        f"{facts['seconds']:.1f} s" + section("sizes", table(rows, right=[1])) + section("ops", ops)
+    )
+
+
+COMPILE = Command(
+    name="compile",
+    summary="compile a checkpoint into one artifact file",
+    about="Compile a DeepSeek-V4 checkpoint directory into one artifact file. The file appears whole or not\n"
+    "at all; the checkpoint is not needed any more to run or to verify it.",
+    examples=(
+        "dsv4c compile CHECKPOINT --target cpu -o m.dsv4",
+        "dsv4c compile CHECKPOINT --target cpu:x86-64-v3 --format onnx -o m.dsv4",
+        "dsv4c compile CHECKPOINT --target cpu -o m.dsv4 --dump-ir ir/",
+    ),
+    arguments=_arguments,
+    run=_run,
+)

@@ -1,0 +1,90 @@
+"""`dsv4c opt`: IR text in, a pipeline of passes, IR text out. The tool for one pass at a time."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsv4c.errors import UsageError
+
+from .base import Command, check_directory_of, load_api, read_text
+
+if TYPE_CHECKING:
+    from dsv4c.ir.graph import Module
+    from dsv4c.passes import Pass
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="IR text, e.g. from compile --dump-ir; - is standard input")
+    parser.add_argument("-p", "--passes", default="", metavar="P,...", help='e.g. "fuse_swiglu,narrow_weights"')
+    parser.add_argument("-o", "--output", metavar="FILE", help="write there instead of standard output")
+    parser.add_argument(
+        "--verify-each", action=argparse.BooleanOptionalAction, default=True,
+        help="check the graph before the first and after every pass (default); without, see what a broken pass left",
+    )  # fmt: skip
+
+
+def _run(args: argparse.Namespace) -> int:
+    load_api()  # complains where the compiler is not installed
+    from dsv4c.ir.text import parse_module, print_module
+    from dsv4c.ir.verify import verify
+    from dsv4c.passes import parse_pipeline, run_pipeline
+
+    if args.output:
+        check_directory_of(args.output, "the output")
+    passes = parse_pipeline(args.passes)
+    module = parse_module(read_text(args.file), args.file)
+    if args.verify_each:
+        verify(module)
+        run_pipeline(module, passes)
+    else:
+        _run_unchecked(module, passes)
+    _write(args.output, print_module(module))
+    return 0
+
+
+def _run_unchecked(module: Module, passes: tuple[Pass, ...]) -> None:
+    """The passes alone: no check of levels or graph, no clean-up between them."""
+    for one in passes:
+        one.run(module)
+        module.level = one.gives or module.level
+
+
+def _write(output: str | None, text: str) -> None:
+    """A regular file appears whole or not at all; anything else (a pipe, a device) is written through.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    if output is None:
+        sys.stdout.write(text)
+        return
+    path = Path(output)
+    through = path.exists() and not path.is_file()
+    temporary = path if through else path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        if not through:
+            temporary.replace(path)
+    except OSError as error:
+        if not through:
+            temporary.unlink(missing_ok=True)
+        raise UsageError(f"cannot be written: {error.strerror or error}", where=output) from None
+
+
+OPT = Command(
+    name="opt",
+    summary="run passes over IR text",
+    about="Parse IR text, run a pipeline of passes over it, and print what they leave. Without passes the text is\n"
+    "checked and printed in its canonical form.",
+    examples=(
+        'dsv4c opt 00-model.ir -p "fuse_swiglu,fuse_experts"',
+        "dsv4c opt 00-model.ir -p 'narrow_weights{storage=\"f32\"}' -o out.ir",
+        "dsv4c opt 00-model.ir",
+    ),
+    arguments=_arguments,
+    run=_run,
+)

@@ -1,0 +1,16 @@
+"""The command table. One literal; `tests/test_cli.py` keeps it honest against the files."""
+
+from __future__ import annotations
+
+from .base import Command
+from .bench import BENCH
+from .compile import COMPILE
+from .inspect import INSPECT
+from .listing import PASSES, TARGETS
+from .opt import OPT
+from .run import RUN
+from .verify import VERIFY
+
+COMMANDS: dict[str, Command] = {
+    command.name: command for command in (COMPILE, RUN, INSPECT, VERIFY, BENCH, OPT, TARGETS, PASSES)
+}
