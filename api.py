@@ -45,7 +45,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Module:
     Raises:
         ConfigError, CheckpointError: what is wrong with the directory.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(Path(path))
     module = build_model(checkpoint.config, checkpoint.weight)
     module.store = checkpoint.files
     if checkpoint.tokenizer_path is not None:

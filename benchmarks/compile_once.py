@@ -1,4 +1,4 @@
-"""Compiles one checkpoint and prints, as JSON, the peak of the process's own memory (mapped files left out)."""
+"""Compiles one checkpoint; prints, as JSON, the peak of the process's own memory, mapped files left out."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def main() -> None:
     passes = None
     if storage == "f32" and format_ == "tvm":
         passes = (
-            "merge_common_subexpressions,fuse_swiglu,fuse_index_select,fuse_experts," + 'narrow_weights{storage="f32"}'
+            "merge_common_subexpressions,fuse_swiglu,fuse_index_select,fuse_experts,"
+            + 'narrow_weights{storage="f32"}'
         )
     try:
         dsv4c.compile(checkpoint, output=output, format=format_, passes=passes)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,15 +27,23 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="small", help="size of the random model: tiny or small (1.4 billion)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--preset", default="small", help="size of the random model: tiny or small (1.4 billion)"
+    )
     parser.add_argument("--prefill", type=int, default=512, help="prompt tokens")
     parser.add_argument("--decode", type=int, default=32, help="tokens decoded per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dir", default="build/bench", help="where checkpoint and artifacts go (about 6 GB for small)")
+    parser.add_argument(
+        "--dir", default="build/bench", help="where checkpoint and artifacts go (about 6 GB for small)"
+    )
     parser.add_argument("--formats", default="tvm-bf16,tvm-f32", help="of tvm-bf16, tvm-f32, onnx")
-    parser.add_argument("--rivals", default="float32:eager,bfloat16:eager", help="transformers dtype:experts, comma-separated")
+    parser.add_argument(
+        "--rivals", default="float32:eager,bfloat16:eager", help="transformers dtype:experts, comma-separated"
+    )
     options = parser.parse_args()
     directory = Path(options.dir)
     directory.mkdir(parents=True, exist_ok=True)
@@ -44,7 +52,13 @@ def main() -> None:
     workers = [
         Worker(f"dsv4c {n}", "worker_dsv4c.py", c["path"], str(options.threads)) for n, c in compiled.items()
     ] + [
-        Worker(f"transformers {r}", "worker_transformers.py", str(checkpoint), str(options.threads), *r.split(":"))
+        Worker(
+            f"transformers {r}",
+            "worker_transformers.py",
+            str(checkpoint),
+            str(options.threads),
+            *r.split(":"),
+        )
         for r in split(options.rivals)
     ]
     results = measure(workers, options)
@@ -63,7 +77,17 @@ def make_checkpoint(directory: Path, preset: str) -> Path:
     """The random model in BF16, as transformers saves it, so that both programs read the same files."""
     path = directory / f"{preset}-bf16"
     if not (path / "config.json").exists():
-        command = ["-m", "dsv4c.frontend.generate", str(path), "--preset", preset, "--dtype", "bf16", "--style", "saved"]
+        command = [
+            "-m",
+            "dsv4c.frontend.generate",
+            str(path),
+            "--preset",
+            preset,
+            "--dtype",
+            "bf16",
+            "--style",
+            "saved",
+        ]
         subprocess.run([sys.executable, *command], check=True)
     return path
 
@@ -75,7 +99,12 @@ def compile_artifact(checkpoint: Path, directory: Path, name: str) -> dict[str, 
     start = time.perf_counter()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     facts = json.loads(done.stdout.splitlines()[-1])
-    return {"path": str(output), "seconds": time.perf_counter() - start, "bytes": output.stat().st_size, **facts}
+    return {
+        "path": str(output),
+        "seconds": time.perf_counter() - start,
+        "bytes": output.stat().st_size,
+        **facts,
+    }
 
 
 def measure(workers: list[Worker], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -105,12 +134,15 @@ def measure(workers: list[Worker], options: argparse.Namespace) -> list[dict[str
 
 def table(results: list[dict[str, Any]]) -> str:
     base = next((r for r in results if r["program"].startswith("transformers float32")), results[0])
-    lines = ["| program | prefill tok/s | decode tok/s | prefill ratio | decode ratio | peak GB |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| program | prefill tok/s | decode tok/s | prefill ratio | decode ratio | peak GB |",
+        "|---|---|---|---|---|---|",
+    ]
     for r in results:
         ratios = [f"{r[w] / base[w]:.2f}" for w in ("prefill", "decode")]
-        lines.append(
-            f"| {r['program']} | {r['prefill']:.1f} | {r['decode']:.2f} | {' | '.join(ratios)} | {r['peak_bytes'] / 1e9:.1f} |"
-        )
+        rates = [f"{r['prefill']:.1f}", f"{r['decode']:.2f}"]
+        cells = [r["program"], *rates, *ratios, f"{r['peak_bytes'] / 1e9:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -126,10 +158,12 @@ def machine() -> dict[str, Any]:
         float(array.sum())
         seconds.append(time.perf_counter() - start)
     return {
-        "cpu": model, "cores": len(__import__("os").sched_getaffinity(0)), "python": platform.python_version(),
-        "kernel": platform.release(), "read_gb_per_s_one_thread": array.nbytes / statistics.median(seconds) / 1e9,
-        "peak_bytes_of_driver": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }  # fmt: skip
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "read_gb_per_s_one_thread": array.nbytes / statistics.median(seconds) / 1e9,
+    }
 
 
 if __name__ == "__main__":

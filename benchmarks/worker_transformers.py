@@ -27,7 +27,9 @@ def main() -> None:
     @torch.no_grad()
     def decode(tokens: int) -> None:
         for token in torch.randint(2, model.config.vocab_size, (tokens, 1, 1), generator=generator):
-            cache[0] = model(token, past_key_values=cache[0], use_cache=True, logits_to_keep=1).past_key_values
+            cache[0] = model(
+                token, past_key_values=cache[0], use_cache=True, logits_to_keep=1
+            ).past_key_values
 
     serve(prefill, decode)
 

@@ -17,7 +17,7 @@ from .show import as_json
 from .table import COMMANDS
 
 FAILED, MISUSED, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
-"""Exit codes: a check that failed; an error with a message; Ctrl-C and a closed pipe as a shell counts them."""
+"""Exit codes: a check failed; an error with a message; Ctrl-C and a closed pipe as a shell counts them."""
 
 _EXAMPLES = (
     "dsv4c compile CHECKPOINT --target cpu -o m.dsv4",
@@ -51,10 +51,10 @@ def main(argv: list[str] | None = None) -> int:
 def _dispatch(words: list[str]) -> int:
     name = next((word for word in words if not word.startswith("-")), None)
     if name is not None and name not in COMMANDS:
-        raise unknown("command", name, COMMANDS, UsageError, "dsv4c")
+        raise unknown("command", name, COMMANDS, UsageError)
     args = build_parser().parse_args(words)
     if args.command is None:
-        raise UsageError("no command", where="dsv4c", allowed=", ".join(COMMANDS), hint="dsv4c --help")
+        raise UsageError("no command", allowed=", ".join(COMMANDS), hint="dsv4c --help")
     return COMMANDS[args.command].run(args)
 
 
@@ -62,7 +62,7 @@ def build_parser() -> Parser:
     """The parser of all commands."""
     parser = Parser(
         prog="dsv4c",
-        description="A compiler for DeepSeek-V4 models: checkpoint in, one artifact out, and a runtime for it.",
+        description="A compiler for DeepSeek-V4 models: checkpoint in, one artifact out, and its runtime.",
         epilog=examples(_EXAMPLES) + "\n\ndsv4c COMMAND --help explains one command.",
     )
     parser.add_argument("--version", action="version", version=f"dsv4c {__version__}")

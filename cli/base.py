@@ -56,8 +56,10 @@ def json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object; errors become one too")
 
 
-def threads_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=integer(1), metavar="N", help="worker threads (default: every core)")
+def threads_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--threads", type=integer(1), metavar="N", help="worker threads (default: every core)"
+    )
 
 
 def integer(at_least: int) -> Callable[[str], int]:
@@ -117,7 +119,9 @@ def check_directory_of(path: str, what: str) -> None:
     if target.is_dir():
         raise UsageError(f"{what} is a directory", where=path, hint="name a file")
     if not target.parent.is_dir():
-        raise UsageError(f"the directory of {what} does not exist", where=path, hint=f"mkdir -p {target.parent}")
+        raise UsageError(
+            f"the directory of {what} does not exist", where=path, hint=f"mkdir -p {target.parent}"
+        )
 
 
 def load_api() -> ModuleType:

@@ -20,16 +20,25 @@ from .base import Command, integer, json_option, threads_option
 from .progress import Bars
 from .show import as_json, rate, size, table
 
+SETTINGS = ("prompt_tokens", "decode_tokens", "repeat", "batch", "chunk", "threads")
 Ids = npt.NDArray[np.int32]
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="artifact")
-    parser.add_argument("--prompt-tokens", type=integer(1), default=512, metavar="N", help="per row (default 512)")
-    parser.add_argument("--decode-tokens", type=integer(1), default=64, metavar="N", help="per row (default 64)")
+    parser.add_argument(
+        "--prompt-tokens", type=integer(1), default=512, metavar="N", help="per row (default 512)"
+    )
+    parser.add_argument(
+        "--decode-tokens", type=integer(1), default=64, metavar="N", help="per row (default 64)"
+    )
     parser.add_argument("--repeat", type=integer(1), default=5, metavar="N", help="timed runs (default 5)")
-    parser.add_argument("--batch", type=integer(1), default=1, metavar="N", help="rows side by side (default 1)")
-    parser.add_argument("--chunk", type=integer(1), default=DEFAULT_CHUNK, metavar="N", help="prompt tokens per step")
+    parser.add_argument(
+        "--batch", type=integer(1), default=1, metavar="N", help="rows side by side (default 1)"
+    )
+    parser.add_argument(
+        "--chunk", type=integer(1), default=DEFAULT_CHUNK, metavar="N", help="prompt tokens per step"
+    )
     threads_option(parser)
     json_option(parser)
 
@@ -78,15 +87,15 @@ def _once(session: Session, prompt: Ids, rest: Ids, chunk: int) -> tuple[float, 
 def _facts(
     args: argparse.Namespace, session: Session, load: float, runs: list[tuple[float, float]]
 ) -> dict[str, Any]:
-    phases = zip(("prefill", "decode"), (args.prompt_tokens, args.decode_tokens), zip(*runs, strict=True), strict=True)
+    phases = zip(
+        ("prefill", "decode"), (args.prompt_tokens, args.decode_tokens), zip(*runs, strict=True), strict=True
+    )
     artifact = session.artifact
     return {
         "path": str(artifact.path),
         "target": f"{artifact.meta['target']}:{artifact.meta['arch']['name']}",
         "format": artifact.meta["format"],
-        "settings": {
-            key: getattr(args, key) for key in ("prompt_tokens", "decode_tokens", "repeat", "batch", "chunk", "threads")
-        },
+        "settings": {key: getattr(args, key) for key in SETTINGS},
         "tokens_per_second": {name: _spread(args.batch * count, seconds) for name, count, seconds in phases},
         "load_seconds": load,
         "peak_rss_bytes": peak_rss(),
@@ -117,8 +126,8 @@ def _text(facts: dict[str, Any]) -> str:
     ]
     s = facts["settings"]
     head = (
-        f"{facts['path']}: {facts['target']}, {facts['format']}; {s['prompt_tokens']} + {s['decode_tokens']} tokens, "
-        f"batch {s['batch']}, {s['repeat']} runs"
+        f"{facts['path']}: {facts['target']}, {facts['format']}; "
+        f"{s['prompt_tokens']} + {s['decode_tokens']} tokens, batch {s['batch']}, {s['repeat']} runs"
     )
     speed = table(speeds, ("tokens/s", "median", "min", "max"), right=[1, 2, 3])
     return f"{head}\n\n{speed}\n\n{table(sizes, right=[1])}"
@@ -127,8 +136,8 @@ def _text(facts: dict[str, Any]) -> str:
 BENCH = Command(
     name="bench",
     summary="measure tokens per second of an artifact",
-    about="Time prefill and decode on random token ids. All rows of a batch count; the median of the runs is the\n"
-    "number to quote.",
+    about="Time prefill and decode on random token ids. All rows of a batch count; the median of the\n"
+    "runs is the number to quote.",
     examples=(
         "dsv4c bench m.dsv4",
         "dsv4c bench m.dsv4 --prompt-tokens 2048 --decode-tokens 128 --threads 8 --json",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
+from dsv4c.errors import UsageError
 from dsv4c.runtime import Artifact
 
 from .base import Command, json_option, load_api
@@ -14,24 +16,37 @@ from .show import as_json, section, size, table
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="directory with config.json and *.safetensors")
-    parser.add_argument("--target", required=True, metavar="T[:ARCH]", help="machine to compile for: dsv4c targets")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="artifact to write, e.g. m.dsv4")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="directory with config.json and *.safetensors"
+    )
+    parser.add_argument(
+        "--target", required=True, metavar="T[:ARCH]", help="machine to compile for: dsv4c targets"
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="artifact to write, e.g. m.dsv4"
+    )
     parser.add_argument("--format", default="tvm", metavar="F", help="tvm (default) or onnx")
     parser.add_argument("--numerics", default="exact", metavar="N", help="exact (default): FP32 arithmetic")
-    parser.add_argument("--passes", metavar="P,...", help="a pipeline instead of the target's own: dsv4c passes")
+    parser.add_argument(
+        "--passes", metavar="P,...", help="a pipeline instead of the target's own: dsv4c passes"
+    )
     parser.add_argument("--dump-ir", metavar="DIR", help="write the IR text after every pass into DIR")
-    parser.add_argument("--no-golden", action="store_true", help="leave out the vectors that dsv4c verify replays")
+    parser.add_argument(
+        "--no-golden", action="store_true", help="leave out the vectors that dsv4c verify replays"
+    )
     json_option(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
     api = load_api()
+    if args.dump_ir and Path(args.dump_ir).exists() and not Path(args.dump_ir).is_dir():
+        raise UsageError("is not a directory", where=args.dump_ir, allowed="a directory for --dump-ir")
     started = time.perf_counter()
     with Bars() as bars:
         path = api.compile(
-            args.checkpoint, output=args.output, target=args.target, numerics=args.numerics, format=args.format,
-            passes=args.passes, golden=not args.no_golden, dump_ir=args.dump_ir, progress=bars,
+            args.checkpoint, output=args.output, target=args.target, numerics=args.numerics,
+            format=args.format, passes=args.passes, golden=not args.no_golden, dump_ir=args.dump_ir,
+            progress=bars,
         )  # fmt: skip
     facts = summary(Artifact.open(path), time.perf_counter() - started)
     print(as_json(facts) if args.json else _text(facts))

@@ -18,7 +18,9 @@ from .show import as_json, section, size, table
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="artifact, checkpoint directory, or directory with a config.json")
+    parser.add_argument(
+        "path", metavar="PATH", help="artifact, checkpoint directory, or directory with config.json"
+    )
     parser.add_argument("--context", type=integer(1), metavar="N", help="positions to count state bytes for")
     json_option(parser)
 
@@ -26,7 +28,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     path = Path(args.path)
     if not path.exists():
-        raise UsageError("no such file or directory", where=args.path, allowed="an artifact or a checkpoint directory")
+        raise UsageError("no such file or directory", where=args.path, allowed="an artifact or a checkpoint")
     if path.is_dir():
         facts, text = _directory(path)
     else:
@@ -40,7 +42,9 @@ def _directory(path: Path) -> tuple[dict[str, Any], str]:
     try:
         from . import inspect_checkpoint as reader  # the front end is no part of a run-time installation
     except ImportError as error:
-        raise ToolchainError(f"the compiler is not installed: {error}", hint='pip install "dsv4c[compile]"') from error
+        raise ToolchainError(
+            f"the compiler is not installed: {error}", hint='pip install "dsv4c[compile]"'
+        ) from error
     facts = reader.directory_facts(path)
     return facts, reader.text(facts)
 
@@ -62,7 +66,11 @@ def artifact_facts(artifact: Artifact, context: int | None = None) -> dict[str, 
         "sections": {s.name: s.nbytes for s in artifact.sections.values()},
         "weights": {"bytes": sum(w["bytes"] for w in weights.values()), "dtypes": weights},
         "golden": {"bytes": golden, **meta.get("golden", {})} if golden else None,
-        "states": {"context": positions, "bytes": sum(s["bytes"] for s in states.values()), "buffers": states},
+        "states": {
+            "context": positions,
+            "bytes": sum(s["bytes"] for s in states.values()),
+            "buffers": states,
+        },
         "report": meta["report"],
     }
 
@@ -102,24 +110,34 @@ def _text(facts: dict[str, Any]) -> str:
         *facts["model"].items(),
     ]
     dtypes = [(name, entry["tensors"], size(entry["bytes"])) for name, entry in weights["dtypes"].items()]
-    buffers = [(n, s["dtype"], "[" + ", ".join(s["shape"]) + "]", size(s["bytes"])) for n, s in states["buffers"].items()]
+    buffers = [
+        (n, s["dtype"], "[" + ", ".join(s["shape"]) + "]", size(s["bytes"]))
+        for n, s in states["buffers"].items()
+    ]
     golden = facts["golden"]
+    vectors = f"{size(golden['bytes'])}, {len(golden['calls'])} calls" if golden else "none"
     return "".join((
         f"{facts['path']}: artifact, {size(facts['file_bytes'])}",
         section("model", table(head)),
         section("sections", table([(n, size(b)) for n, b in facts["sections"].items()], right=[1])),
-        section(f"weights: {size(weights['bytes'])}", table(dtypes, ("dtype", "tensors", "bytes"), right=[1, 2])),
+        section(
+            f"weights: {size(weights['bytes'])}",
+            table(dtypes, ("dtype", "tensors", "bytes"), right=[1, 2]),
+        ),
         section(
             f"state: {size(states['bytes'])} per sequence at context {states['context']}",
             table(buffers, ("buffer", "dtype", "shape", "bytes"), right=[3]),
         ),
-        section("golden vectors", f"{size(golden['bytes'])}, {len(golden['calls'])} calls" if golden else "none"),
+        section("golden vectors", vectors),
         section("report", _report(facts["report"])),
     ))  # fmt: skip
 
 
 def _report(report: dict[str, Any]) -> str:
-    rows = [(p["name"], p["changes"], p["ops_before"], p["ops_after"], f"{p['seconds']:.3f}") for p in report["passes"]]
+    rows = [
+        (p["name"], p["changes"], p["ops_before"], p["ops_after"], f"{p['seconds']:.3f}")
+        for p in report["passes"]
+    ]
     lines = table(rows, ("pass", "changes", "ops before", "after", "seconds"), right=[1, 2, 3, 4])
     ops = ", ".join(f"{count} ops at {level}" for level, count in report["ops"].items())
     return f"{lines}\n{ops}; {report['seconds']:.1f} s on {report['compiled_on']}"
@@ -128,9 +146,9 @@ def _report(report: dict[str, Any]) -> str:
 INSPECT = Command(
     name="inspect",
     summary="show what an artifact or a checkpoint is",
-    about="Describe an artifact (target, sections, weights, state, how it was compiled) or a checkpoint directory\n"
-    "(configuration, naming, sizes, parameters). A directory with only a config.json is enough to see what the\n"
-    "released format of that model would need.",
+    about="Describe an artifact (target, sections, weights, state, how it was compiled) or a checkpoint\n"
+    "directory (configuration, naming, sizes, parameters). A directory with only a config.json is enough to\n"
+    "see what the released format of that model would need.",
     examples=(
         "dsv4c inspect m.dsv4",
         "dsv4c inspect m.dsv4 --context 65536 --json",

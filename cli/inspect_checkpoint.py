@@ -31,6 +31,9 @@ CLASSES: tuple[tuple[str, str], ...] = (
 )
 """Class of parameters -> pattern of the published name; the first that matches counts."""
 
+EXTRA = ("MTP blocks", "hash tables")
+"""Not counted as parameters of the model: drafts of further tokens, and tables of expert ids."""
+
 
 def directory_facts(path: Path) -> dict[str, Any]:
     """What a checkpoint directory holds, or what its configuration alone asks for.
@@ -52,7 +55,7 @@ def directory_facts(path: Path) -> dict[str, Any]:
         **found,
         "config": _config(config),
         "parameters": {
-            "total": sum(n for name, n in parameters.items() if name != "hash tables"),
+            "total": sum(n for name, n in parameters.items() if name not in EXTRA),
             "active_per_token": _active(parameters, config),
             "classes": parameters,
         },
@@ -70,10 +73,9 @@ def by_class(specs: dict[str, TensorSpec]) -> dict[str, int]:
 
 def _active(parameters: dict[str, int], config: ModelConfig) -> int:
     """Parameters that take part in one token: a share of the routed experts, one row of the embedding."""
-    idle = ("MTP blocks", "hash tables", "routed experts", "embedding")
-    rest = sum(n for name, n in parameters.items() if name not in idle)
+    shared = (n for name, n in parameters.items() if name not in (*EXTRA, "routed experts", "embedding"))
     routed = parameters.get("routed experts", 0) * config.experts_per_token // config.n_routed_experts
-    return rest + routed + config.hidden_size
+    return sum(shared) + routed + config.hidden_size
 
 
 def _files(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -138,9 +140,12 @@ def text(facts: dict[str, Any]) -> str:
     """The same for people."""
     parameters = facts["parameters"]
     classes = sorted(parameters["classes"].items(), key=lambda item: -item[1])
-    title = f"parameters: {amount(parameters['total'])}, {amount(parameters['active_per_token'])} active per token"
+    active = amount(parameters["active_per_token"])
+    title = f"parameters: {amount(parameters['total'])}, {active} active per token"
     dtypes = [(name, e["tensors"], size(e["bytes"])) for name, e in facts.get("dtypes", {}).items()]
-    config = [(key, ", ".join(map(str, v)) if isinstance(v, list) else v) for key, v in facts["config"].items()]
+    config = [
+        (key, ", ".join(map(str, v)) if isinstance(v, list) else v) for key, v in facts["config"].items()
+    ]
     return "".join((
         _head(facts),
         section("config", table(config)),
@@ -155,8 +160,9 @@ def _head(facts: dict[str, Any]) -> str:
             f"{facts['path']}: a config.json without weights\n"
             f"the released format of this model: {facts['tensors']} tensors, {size(facts['bytes'])}"
         )
+    files = "1 file" if facts["files"] == 1 else f"{facts['files']} files"
     tokenizer = "with" if facts["tokenizer"] else "without"
     return (
-        f"{facts['path']}: checkpoint, {facts['naming']} names, {facts['tensors']} tensors, {size(facts['bytes'])} in "
-        f"{facts['files']} files, {tokenizer} tokenizer.json"
+        f"{facts['path']}: checkpoint, {facts['naming']} names, {facts['tensors']} tensors, "
+        f"{size(facts['bytes'])} in {files}, {tokenizer} tokenizer.json"
     )

@@ -41,7 +41,11 @@ def _target_facts(target: Target) -> dict[str, Any]:
             for a in target.archs
         ],
         "formats": [
-            {"name": f.name, "passes": f.passes, "packages": {p: _version(m, p) for m, p in f.packages.items()}}
+            {
+                "name": f.name,
+                "passes": f.passes,
+                "packages": {p: _version(m, p) for m, p in f.packages.items()},
+            }
             for f in target.formats
         ],
     }
@@ -74,10 +78,13 @@ def _targets_text(facts: dict[str, Any]) -> str:
         (t["name"], f["name"], ", ".join(f"{p} {v or 'MISSING'}" for p, v in f["packages"].items()))
         for t in facts["targets"] for f in t["formats"]
     ]  # fmt: skip
-    docs = "\n".join(f"{t['name']}: {t['doc']}; numerics {', '.join(t['numerics'])}" for t in facts["targets"])
+    docs = "\n".join(
+        f"{t['name']}: {t['doc']}; numerics {', '.join(t['numerics'])}" for t in facts["targets"]
+    )
     linkers = table([(name, found or "not found") for name, found in facts["linkers"].items()])
     return (
-        docs + section("archs", table(rows)) + section("formats", table(formats, ("target", "format", "needs")))
+        docs + section("archs", table(rows))
+        + section("formats", table(formats, ("target", "format", "needs")))
         + section("linkers (one is enough)", linkers)
     )  # fmt: skip
 
@@ -126,8 +133,8 @@ TARGETS = Command(
 PASSES = Command(
     name="passes",
     summary="list passes with their options and levels",
-    about="List what a pipeline may name: options with their types and defaults, and the levels of the IR that a\n"
-    "pass takes and gives.",
+    about="List what a pipeline may name: options with their types and defaults, and the levels of the\n"
+    "IR that a pass takes and gives.",
     examples=("dsv4c passes", "dsv4c passes --json"),
     arguments=json_option,
     run=_passes,

@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="IR text, e.g. from compile --dump-ir; - is standard input")
-    parser.add_argument("-p", "--passes", default="", metavar="P,...", help='e.g. "fuse_swiglu,narrow_weights"')
+    parser.add_argument(
+        "file", metavar="FILE", help="IR text, e.g. from compile --dump-ir; - is standard input"
+    )
+    parser.add_argument(
+        "-p", "--passes", default="", metavar="P,...", help='e.g. "fuse_swiglu,narrow_weights"'
+    )
     parser.add_argument("-o", "--output", metavar="FILE", help="write there instead of standard output")
     parser.add_argument(
         "--verify-each", action=argparse.BooleanOptionalAction, default=True,
-        help="check the graph before the first and after every pass (default); without, see what a broken pass left",
+        help="check the graph before and after every pass (default); without, see what a broken pass left",
     )  # fmt: skip
 
 
@@ -78,8 +82,8 @@ def _write(output: str | None, text: str) -> None:
 OPT = Command(
     name="opt",
     summary="run passes over IR text",
-    about="Parse IR text, run a pipeline of passes over it, and print what they leave. Without passes the text is\n"
-    "checked and printed in its canonical form.",
+    about="Parse IR text, run a pipeline of passes over it, and print what they leave. Without passes the\n"
+    "text is checked and printed in its canonical form.",
     examples=(
         'dsv4c opt 00-model.ir -p "fuse_swiglu,fuse_experts"',
         "dsv4c opt 00-model.ir -p 'narrow_weights{storage=\"f32\"}' -o out.ir",

@@ -25,7 +25,9 @@ class Bars:
             self._close()
             # A step without parts reports only its two ends, so its bar is shown at once or never.
             delay = PATIENCE if total > 1 else 0
-            self._bar = self._make(total=total, desc=what, delay=delay, leave=False, unit_scale=True, file=sys.stderr)
+            self._bar = self._make(
+                total=total, desc=what, delay=delay, leave=False, unit_scale=True, file=sys.stderr
+            )
             self._what = what
         self._bar.update(done - self._bar.n)
         if done >= total:
@@ -34,7 +36,9 @@ class Bars:
     def __enter__(self) -> Bars:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self._close()
 
     def _close(self) -> None:

@@ -37,7 +37,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
     prompt.add_argument("--ids", type=id_list, metavar="1,2,3", help="token ids to continue; ids are printed")
-    prompt.add_argument("--prompt-file", metavar="F", help="file with the text to continue; - is standard input")
+    prompt.add_argument(
+        "--prompt-file", metavar="F", help="file with the text to continue; - is standard input"
+    )
     parser.add_argument(
         "--max-new-tokens", type=integer(0), metavar="N",
         help=f"tokens to generate (default: {DEFAULT_NEW_TOKENS}, or what the context has room for)",
@@ -45,10 +47,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     _sampling_arguments(parser)
     session = parser.add_argument_group("session")
     session.add_argument("--context", type=integer(1), metavar="N", help="positions to make room for")
-    session.add_argument("--chunk", type=integer(1), default=DEFAULT_CHUNK, metavar="N", help="prompt tokens per step")
+    session.add_argument(
+        "--chunk", type=integer(1), default=DEFAULT_CHUNK, metavar="N", help="prompt tokens per step"
+    )
     session.add_argument("--load-session", metavar="F", help="continue a saved session with the prompt")
     session.add_argument("--save-session", metavar="F", help="save the session after the last token")
-    threads_option(session)  # type: ignore[arg-type]
+    threads_option(session)
     parser.add_argument("--no-stream", action="store_true", help="print the text at the end, all at once")
     json_option(parser)
 
@@ -56,9 +60,15 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=number, default=0.0, metavar="T", help="0 (default) is greedy")
-    group.add_argument("--top-k", type=integer(0), default=0, metavar="K", help="keep the K likeliest; 0 keeps all")
-    group.add_argument("--top-p", type=number, default=1.0, metavar="P", help="keep the likeliest that sum to P")
-    group.add_argument("--seed", type=integer(0), metavar="S", help="repeat a run; the seed in use is reported")
+    group.add_argument(
+        "--top-k", type=integer(0), default=0, metavar="K", help="keep the K likeliest; 0 keeps all"
+    )
+    group.add_argument(
+        "--top-p", type=number, default=1.0, metavar="P", help="keep the likeliest that sum to P"
+    )
+    group.add_argument(
+        "--seed", type=integer(0), metavar="S", help="repeat a run; the seed in use is reported"
+    )
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
@@ -79,7 +89,8 @@ class _Result:
 
 def _run(args: argparse.Namespace) -> int:
     params = _sampling(args)
-    prompt = read_text(args.prompt_file) if args.prompt_file else args.prompt
+    prompt = args.prompt if args.prompt_file is None else read_text(args.prompt_file)
+    _check_text(prompt, *args.stop)
     if args.save_session:
         check_directory_of(args.save_session, "the session to save")
     started = time.perf_counter()
@@ -97,6 +108,17 @@ def _run(args: argparse.Namespace) -> int:
         print("" if live else result.text)
         print(_rates(result, params), file=sys.stderr)
     return 0
+
+
+def _check_text(*texts: str | None) -> None:
+    """Bytes of the command line that are no UTF-8 arrive as lone surrogates."""
+    for text in texts:
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                "the text is not UTF-8", where="dsv4c run", hint="check the terminal's encoding"
+            ) from None
 
 
 def _sampling(args: argparse.Namespace) -> SamplingParams:
@@ -187,7 +209,9 @@ def _save(session: Session, ids: list[int], path: str) -> None:
     session.save(path)
 
 
-def _facts(result: _Result, session: Session, params: SamplingParams, args: argparse.Namespace) -> dict[str, Any]:
+def _facts(
+    result: _Result, session: Session, params: SamplingParams, args: argparse.Namespace
+) -> dict[str, Any]:
     return {
         "prompt_tokens": result.prompt,
         "ids": result.ids,
@@ -198,7 +222,8 @@ def _facts(result: _Result, session: Session, params: SamplingParams, args: argp
         "context": session.context,
         "seconds": {"load": result.load, "prefill": result.prefill, "decode": result.decode},
         "tokens_per_second": {
-            "prefill": rate(result.prompt, result.prefill), "decode": rate(len(result.ids) - 1, result.decode),
+            "prefill": rate(result.prompt, result.prefill),
+            "decode": rate(len(result.ids) - 1, result.decode),
         },
     }  # fmt: skip
 

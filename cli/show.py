@@ -16,15 +16,17 @@ def table(rows: Iterable[Sequence[object]], header: Sequence[str] = (), right: I
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     flush = set(right)
     lines = (
-        "  ".join(c.rjust(w) if i in flush else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            c.rjust(w) if i in flush else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in cells
     )
     return "\n".join(line.rstrip() for line in lines)
 
 
 def section(title: str, body: str) -> str:
-    """A titled block, indented; nothing when there is nothing to say."""
-    return f"\n{title}\n" + "\n".join(f"  {line}" for line in body.splitlines()) if body else ""
+    """A titled block to append, indented; nothing when there is nothing to say."""
+    return f"\n\n{title}\n" + "\n".join(f"  {line}" for line in body.splitlines()) if body else ""
 
 
 def size(count: int) -> str:

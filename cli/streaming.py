@@ -15,7 +15,8 @@ from dsv4c.runtime.text import StreamDecoder
 class Printer(Protocol):
     """What a token adds to the output. `stopped` says that nothing more is wanted."""
 
-    stopped: bool
+    @property
+    def stopped(self) -> bool: ...
 
     def push(self, token: int) -> str: ...
 

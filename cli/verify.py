@@ -51,8 +51,11 @@ def _verdict(checks: list[Check], first: Check | None) -> str:
         place = "after the last layer's state" if first.name == "logits" else "outside the layers"
     else:
         # Queries, outputs and experts of a layer leave no state of their own; the next layer's shows them.
-        place = f"in layer {layer}" + (f", or in layer {layer - 1} after its state was written" if layer else "")
-    return f"FAILED: {failed} of {len(checks)} checks; the first is {first.name}: the difference begins {place}"
+        place = f"in layer {layer}" + (
+            f", or in layer {layer - 1} after its state was written" if layer else ""
+        )
+    count = f"{failed} of {len(checks)} checks"
+    return f"FAILED: {count}; the first is {first.name}: the difference begins {place}"
 
 
 def layer_of(check: Check) -> int | None:

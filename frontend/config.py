@@ -3,22 +3,17 @@
 Owns the two spellings of a DeepSeek-V4 configuration: the published one (`compress_ratios`,
 `num_hash_layers`, `rope_scaling`) and the one transformers 5 writes (`layer_types`, `compress_rates`,
 `mlp_layer_types`, `rope_parameters`). Knows nothing of tensors. Source: model specification, section 1.
-
-Reason: the length is the typed access to keys at the end, which has no second user.
 """
 
 from __future__ import annotations
 
-import difflib
 import enum
-import sys
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from dsv4c.errors import ConfigError
 
+from .keys import Keys
 from .safetensors import parse_json
 
 
@@ -120,7 +115,7 @@ def parse_config(raw: dict[str, object], where: str = "config.json") -> ModelCon
     """
     _check_model_type(raw, where)
     _check_keys(raw, where)
-    keys = _Keys(raw, where)
+    keys = Keys(raw, where)
     _check_fixed(keys)
     layers = keys.integer("num_hidden_layers")
     n_mtp = keys.integer("num_nextn_predict_layers", 0, at_least=0)
@@ -225,7 +220,7 @@ def _check_keys(raw: dict[str, object], where: str) -> None:
         for start, feature in _UNSUPPORTED.items():
             if key.startswith(start):
                 raise ConfigError(f"key {key!r}: {feature} is not supported yet", where=where)
-        raise _Keys(raw, where).unknown(key, _KNOWN)
+        raise Keys(raw, where).unknown(key, _KNOWN)
 
 
 def _check_model_type(raw: dict[str, object], where: str) -> None:
@@ -242,14 +237,14 @@ def _check_model_type(raw: dict[str, object], where: str) -> None:
     raise ConfigError(f"model_type {kind!r} is unknown", where=where, allowed='"deepseek_v4"')
 
 
-def _check_fixed(keys: _Keys) -> None:
+def _check_fixed(keys: Keys) -> None:
     for key, allowed in _FIXED.items():
         value = keys.raw.get(key, allowed)
         if type(value) is not type(allowed) or value != allowed:
             raise keys.error(key, repr(value), repr(allowed))
 
 
-def _layer_kinds(keys: _Keys, layers: int, n_mtp: int) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:
+def _layer_kinds(keys: Keys, layers: int, n_mtp: int) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:
     """Kind and ratio of every layer, from either spelling; both spellings must agree when both are there."""
     published = _from_ratios(keys, layers, n_mtp) if "compress_ratios" in keys.raw else None
     typed = _from_types(keys, layers) if "layer_types" in keys.raw else None
@@ -261,7 +256,7 @@ def _layer_kinds(keys: _Keys, layers: int, n_mtp: int) -> tuple[tuple[LayerKind,
     return found
 
 
-def _from_ratios(keys: _Keys, layers: int, n_mtp: int) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:
+def _from_ratios(keys: Keys, layers: int, n_mtp: int) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:
     ratios = keys.integers("compress_ratios", at_least=0)
     if len(ratios) not in (layers, layers + n_mtp):
         allowed = f"{layers} entries (num_hidden_layers), or {layers + n_mtp} with the MTP blocks"
@@ -274,7 +269,7 @@ def _from_ratios(keys: _Keys, layers: int, n_mtp: int) -> tuple[tuple[LayerKind,
     return tuple(kinds.get(r, LayerKind.HCA) for r in ratios[:layers]), ratios[:layers]
 
 
-def _from_types(keys: _Keys, layers: int) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:
+def _from_types(keys: Keys, layers: int) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:
     names = keys.choices("layer_types", tuple(k.value for k in LayerKind), layers)
     kinds = tuple(LayerKind(name) for name in names)
     rates = keys.nested("compress_rates", required=any(k is not LayerKind.SLIDING for k in kinds))
@@ -287,7 +282,7 @@ def _from_types(keys: _Keys, layers: int) -> tuple[tuple[LayerKind, ...], tuple[
     return kinds, tuple(rate[k] for k in kinds)
 
 
-def _hash_layers(keys: _Keys, layers: int) -> tuple[bool, ...]:
+def _hash_layers(keys: Keys, layers: int) -> tuple[bool, ...]:
     by_count = by_type = None
     if "num_hash_layers" in keys.raw:
         count = keys.integer("num_hash_layers", at_least=0)
@@ -304,7 +299,7 @@ def _hash_layers(keys: _Keys, layers: int) -> tuple[bool, ...]:
     return found
 
 
-def _rope_dim(keys: _Keys, head_dim: int) -> int:
+def _rope_dim(keys: Keys, head_dim: int) -> int:
     """`qk_rope_head_dim`, or the part of the head that transformers' `partial_rotary_factor` selects."""
     if "partial_rotary_factor" not in keys.raw or keys.raw["partial_rotary_factor"] is None:
         return keys.integer("qk_rope_head_dim")
@@ -315,7 +310,7 @@ def _rope_dim(keys: _Keys, head_dim: int) -> int:
     return dim
 
 
-def _rope(keys: _Keys) -> tuple[float, float, Yarn | None]:
+def _rope(keys: Keys) -> tuple[float, float, Yarn | None]:
     """(theta of sliding layers, theta of compressed layers, YaRN)."""
     flat = keys.nested("rope_scaling")
     parameters = keys.nested("rope_parameters")
@@ -339,7 +334,7 @@ _ROPE_KEYS = {
 }  # fmt: skip
 
 
-def _yarn(keys: _Keys) -> Yarn | None:
+def _yarn(keys: Keys) -> Yarn | None:
     """The scaling one rotary dictionary describes; an empty one describes none."""
     for extra in keys.raw.keys() - _ROPE_KEYS:
         raise keys.unknown(extra, _ROPE_KEYS)
@@ -358,14 +353,14 @@ def _yarn(keys: _Keys) -> Yarn | None:
     )
 
 
-def _eos(keys: _Keys) -> tuple[int, ...]:
+def _eos(keys: Keys) -> tuple[int, ...]:
     if isinstance(keys.raw.get("eos_token_id"), list):
         return keys.integers("eos_token_id")
     one = keys.token("eos_token_id")
     return () if one is None else (one,)
 
 
-def _quantization(keys: _Keys) -> tuple[str | None, tuple[int, int]]:
+def _quantization(keys: Keys) -> tuple[str | None, tuple[int, int]]:
     """(expert dtype, block of one FP8 scale); the block is 128 x 128 when nothing is said."""
     quant = keys.nested("quantization_config")
     if quant.raw:
@@ -399,88 +394,3 @@ def _check_relations(c: ModelConfig, where: str) -> None:
     for ok, key, value, allowed in rules:
         if not ok:
             raise ConfigError(f"key {key!r} is {value}", where=where, allowed=allowed)
-
-
-# ---------------------------------------------------------------------------------- one key
-
-_REQUIRED: Any = object()
-
-
-def _is_number(value: Any) -> bool:
-    """A finite JSON number that a float can hold."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-@dataclass(frozen=True)
-class _Keys:
-    """One JSON object and where it stands. Each reading method takes one key; null counts as absent.
-
-    Raises:
-        ConfigError: a key without a default is absent, or a value is not what its method allows.
-    """
-
-    raw: dict[str, object]
-    where: str
-
-    def error(self, key: str, found: str, allowed: str) -> ConfigError:
-        return ConfigError(f"key {key!r} is {found}", where=self.where, allowed=allowed)
-
-    def missing(self, key: str, allowed: str) -> ConfigError:
-        return ConfigError(f"key {key!r} is missing", where=self.where, allowed=allowed)
-
-    def unknown(self, key: str, known: Iterable[str]) -> ConfigError:
-        near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
-        hint = f"the nearest known key is {near[0]!r}" if near else ""
-        allowed = "keys of a DeepSeek-V4 configuration; an unknown one could change the result"
-        return ConfigError(f"unknown key {key!r}", where=self.where, allowed=allowed, hint=hint)
-
-    def get(self, key: str, ok: Callable[[Any], bool], allowed: str, default: Any = _REQUIRED) -> Any:
-        """The value if it passes `ok`; the default, unchecked, if the key is absent."""
-        value = self.raw.get(key)
-        if value is None:
-            if default is _REQUIRED:
-                raise self.missing(key, allowed)
-            return default
-        if not ok(value):
-            raise self.error(key, repr(value), allowed)
-        return value
-
-    def integer(self, key: str, default: int = _REQUIRED, *, at_least: int = 1) -> int:
-        allowed = f"an integer of at least {at_least}"
-        return int(self.get(key, lambda v: type(v) is int and v >= at_least, allowed, default))
-
-    def token(self, key: str) -> int | None:
-        return None if self.raw.get(key) is None else self.integer(key, at_least=0)
-
-    def number(self, key: str, default: float = _REQUIRED, *, at_least: float = 0.0) -> float:
-        """Above zero and not below `at_least`."""
-        allowed = f"a finite number of at least {at_least:g}" if at_least else "a finite number above 0"
-        return float(self.get(key, lambda v: _is_number(v) and v > 0 and v >= at_least, allowed, default))
-
-    def integers(self, key: str, default: Any = _REQUIRED, *, at_least: int = 0) -> tuple[int, ...]:
-        allowed = f"an integer of at least {at_least}"
-        value = self.get(key, lambda v: isinstance(v, list), f"a list, each {allowed}", default)
-        return self._each(key, value, lambda v: type(v) is int and v >= at_least, allowed)
-
-    def choice(self, key: str, options: tuple[str, ...], default: Any = _REQUIRED) -> str | None:
-        found: str | None = self.get(key, lambda v: v in options, ", ".join(options), default)
-        return found
-
-    def choices(self, key: str, options: tuple[str, ...], count: int) -> tuple[str, ...]:
-        value = self.get(key, lambda v: isinstance(v, list), f"a list of {count} names")
-        if len(value) != count:
-            raise self.error(key, f"a list of {len(value)}", f"{count} entries (num_hidden_layers)")
-        return self._each(key, value, lambda v: v in options, ", ".join(options))
-
-    def nested(self, key: str, *, required: bool = False) -> _Keys:
-        value = self.get(key, lambda v: isinstance(v, dict), "an object", _REQUIRED if required else {})
-        return _Keys(value, f"{self.where}: {key}")
-
-    def _each(
-        self, key: str, values: Iterable[Any], ok: Callable[[Any], bool], allowed: str
-    ) -> tuple[Any, ...]:
-        found = tuple(values)
-        for i, item in enumerate(found):
-            if not ok(item):
-                raise self.error(f"{key}[{i}]", repr(item), allowed)
-        return found

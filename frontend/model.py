@@ -75,11 +75,9 @@ class _ModelBuilder:
         c, out = self.c, {}
         for compressed in sorted({kind is not LayerKind.SLIDING for kind in c.layer_kinds}):
             theta = c.compress_rope_theta if compressed else c.rope_theta
-            yarn = c.yarn if compressed else None
-            expr = (
-                rope_frequencies(c.rope_dim, theta, yarn.factor, yarn.original, yarn.beta_fast, yarn.beta_slow)
-                if yarn else rope_frequencies(c.rope_dim, theta)
-            )  # fmt: skip
+            y = c.yarn if compressed else None
+            scaling = (y.factor, y.original, y.beta_fast, y.beta_slow) if y else ()
+            expr = rope_frequencies(c.rope_dim, theta, *scaling)
             frequencies = self.b.weight(expr, "rope.compressed" if compressed else "rope.window")
             cos, sin = self.b.multi("rope_angles", self.positions, frequencies).results
             out[compressed] = _Rope(frequencies, cos, sin)
@@ -94,7 +92,9 @@ class _ModelBuilder:
         c, b = self.c, self.b
         b.loc = hc
         parameters = (self.w(f"{hc}_{p}") for p in ("fn", "base", "scale"))
-        mix = b.multi("hc_mix", x, *parameters, eps=c.hc_eps, norm_eps=c.rms_norm_eps, iters=c.hc_sinkhorn_iters)
+        mix = b.multi(
+            "hc_mix", x, *parameters, eps=c.hc_eps, norm_eps=c.rms_norm_eps, iters=c.hc_sinkhorn_iters
+        )
         pre, post, comb = mix.results
         y = body(self.norm(b.op("hc_collapse", x, pre), f"{norm}.weight"))
         b.loc = hc
@@ -175,7 +175,9 @@ class _ModelBuilder:
             ids = b.op("route_topk", scores, self.w(f"{name}.gate.bias"), k=c.experts_per_token)
         weights = b.op("route_weights", scores, ids, factor=c.routed_scaling_factor, eps=1e-20)
         b.loc = name
-        routed = b.multi("dispatch", x, ids, weights, self.n_valid, experts=c.n_routed_experts, label=f"R{layer}")
+        routed = b.multi(
+            "dispatch", x, ids, weights, self.n_valid, experts=c.n_routed_experts, label=f"R{layer}"
+        )
         ys = []
         for expert in range(c.n_routed_experts):
             rows, gate = routed.results[2 * expert : 2 * expert + 2]

@@ -15,13 +15,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("cli", "frontend", "ir", "passes", "runtime", "targets")
-MODULES = ("__init__.py", "__main__.py", "errors.py")
+MODULES = ("__init__.py", "__main__.py", "api.py", "errors.py")
 
 # What each part may import of dsv4c, itself included. The one rule behind it: knowledge flows from
 # the IR to the targets, and the runtime, which is shipped alone, knows of none of them.
 MAY_IMPORT = {
     "errors": set[str](),
-    "__init__": set[str](),
+    "__init__": {"api", "runtime"},  # when first used, see below
     "__main__": {"cli"},
     "ir": {"ir", "errors"},
     "frontend": {"frontend", "ir", "errors"},
@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "runtime": {"runtime", "errors"},
     # targets write artifacts; how they are executed is not their business
     "targets": {"targets", "passes", "ir", "errors", "runtime.container"},
-    "cli": {"cli", "frontend", "ir", "passes", "targets", "runtime", "errors"},
+    "api": {"frontend", "ir", "passes", "targets", "runtime", "errors"},
+    "cli": {"cli", "api", "frontend", "ir", "passes", "targets", "runtime", "errors"},
 }
 
 # Frameworks that would decide how dsv4c installs. The oracle lives in tests; the runtime loads
@@ -90,7 +91,7 @@ def violation(part: str, name: str) -> str:
     top, _, rest = name.partition(".")
     if top in MAY_NOT_LOAD[part]:
         return f"{part} must not depend on {top}"
-    if top in (*PACKAGES, "errors"):
+    if top in (*PACKAGES, "api", "errors"):
         return f"say dsv4c.{name}: a bare import makes a second copy of every class"
     if top != "dsv4c" or rest == "__version__":
         return ""
@@ -141,6 +142,10 @@ def test_imports_point_one_way() -> None:
         ("runtime/session.py", "import networkx", True),
         ("errors.py", "import dsv4c.ir", True),
         ("__init__.py", "from .ir import graph", True),
+        ("__init__.py", "if TYPE_CHECKING:\n  from dsv4c.api import compile", False),
+        ("api.py", "from dsv4c.frontend.model import build_model", False),
+        ("api.py", "from dsv4c.cli import main", True),
+        ("runtime/session.py", "from dsv4c import api", True),
         ("cli/main.py", "from dsv4c.runtime import session", False),
         ("cli/main.py", "import torch", True),
     ],
@@ -154,13 +159,26 @@ def test_runtime_loads_without_the_compiler() -> None:
     """Every module of the runtime imports where frameworks, compilers and the rest of dsv4c are missing."""
     files = [path.with_suffix("") for path in sources() if part_of(path) == "runtime"]
     names = [".".join(["dsv4c", *file.parts]).removesuffix(".__init__") for file in files]
-    missing = sorted(MAY_NOT_LOAD["runtime"] | {f"dsv4c.{p}" for p in PACKAGES if p != "runtime"})
+    missing = sorted(MAY_NOT_LOAD["runtime"] | {f"dsv4c.{p}" for p in (*PACKAGES, "api") if p != "runtime"})
     script = f"""if True:
         import importlib, sys
         sys.path.insert(0, {str(ROOT / ".pkg")!r})
         sys.modules.update(dict.fromkeys({missing}))  # None: importing it fails
         for name in {names}:
             importlib.import_module(name)
+        """
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_root_imports_nothing_until_asked() -> None:
+    """`import dsv4c` is free; its public names arrive with their first use."""
+    script = f"""if True:
+        import sys
+        sys.path.insert(0, {str(ROOT / ".pkg")!r})
+        import dsv4c
+        assert not [name for name in sys.modules if name.startswith("dsv4c.")]
+        assert all(getattr(dsv4c, name) for name in dsv4c.__all__)
         """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
@@ -231,4 +249,4 @@ def test_there_is_one_copy_of_the_package() -> None:
     import dsv4c.errors
 
     assert Path(dsv4c.errors.__file__).resolve() == ROOT / "errors.py"
-    assert not {"errors", *PACKAGES} & set(sys.modules)
+    assert not {"api", "errors", *PACKAGES} & set(sys.modules)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import platform
-import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,7 @@ from dsv4c.runtime.container import ArtifactWriter
 from dsv4c.targets.base import Arch, Progress
 
 from .context import Context
+from .link import find_linker
 from .lowering import LOWERINGS
 
 
@@ -99,22 +96,6 @@ def compile_module(relax_module: Any, cpu: dict[str, str]) -> bytes:
         path = Path(directory) / "step.so"
         executable.export_library(str(path), fcompile=link)
         return path.read_bytes()
-
-
-def find_linker(triple: str | None = None) -> Any:
-    """A TVM `fcompile` for the host's C compiler, or for `zig cc` when there is none or on cross builds."""
-    from tvm.support import cc
-
-    native = next((c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)), None)
-    if native and not triple:
-        return cc.cross_compiler(native)
-    if importlib.util.find_spec("ziglang") is None:
-        raise ToolchainError(
-            "no linker found", allowed="gcc or clang on PATH, or the ziglang package",
-            hint="pip install ziglang, or install gcc",
-        )  # fmt: skip
-    extra = ["-target", triple] if triple else []
-    return cc.cross_compiler([sys.executable, "-m", "ziglang", "cc"], options=extra)
 
 
 def _runtime_library() -> Path:

@@ -6,7 +6,7 @@ depend on how tokens were cut into calls. Accumulators are read at constant plac
 them in memory; `done` is their copy for the ragged epilogue.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, valid-type, misc"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, valid-type, misc"
 from __future__ import annotations
 
 from tvm.script import tirx as T
@@ -47,9 +47,11 @@ def linear(k: int, n: int, bf16: bool):
                 for kk in T.serial(k):
                     for v in T.unroll(vecs):
                         for r in T.unroll(ROWS):
-                            acc[ramp((r * vecs + v) * LANES)] = acc[ramp((r * vecs + v) * LANES)] + load_weight(
-                                Wf, (p * k + kk) * width + v * LANES, bf16
-                            ) * splat(Xf[(tile * ROWS + r) * k + kk])
+                            acc[ramp((r * vecs + v) * LANES)] = acc[
+                                ramp((r * vecs + v) * LANES)
+                            ] + load_weight(Wf, (p * k + kk) * width + v * LANES, bf16) * splat(
+                                Xf[(tile * ROWS + r) * k + kk]
+                            )
                 done = T.alloc_buffer((ROWS * width,), "float32")
                 for i in T.unroll(ROWS * vecs):
                     done[ramp(i * LANES)] = acc[ramp(i * LANES)]
@@ -124,6 +126,7 @@ def expert_hidden(experts: int, k: int, inner: int, topk: int, limit: float, bf1
     -> H [B*S*topk, inner] = silu(min(g, L)) clamp(u, -L, L) gate.
     """
     panels, width, dtype = -(-inner // PAIR), 2 * PAIR, weight_dtype(bf16)
+    vecs = width // LANES
 
     @T.prim_func(s_tir=True)
     def func(x: T.handle, g: T.handle, o: T.handle, s: T.handle, w: T.handle, h: T.handle):
@@ -145,25 +148,29 @@ def expert_hidden(experts: int, k: int, inner: int, topk: int, limit: float, bf1
                     acc = T.alloc_buffer((ROWS * width,), "float32", scope="local")
                     row = T.alloc_buffer((ROWS,), "int64", scope="local")
                     for r in T.unroll(ROWS):
-                        row[r] = T.cast(Order[T.min(Starts[e] + tile * ROWS + r, Starts[e + 1] - 1)] // topk, "int64")
-                    for i in T.unroll(ROWS * (width // LANES)):
+                        row[r] = T.cast(
+                            Order[T.min(Starts[e] + tile * ROWS + r, Starts[e + 1] - 1)] // topk, "int64"
+                        )
+                    for i in T.unroll(ROWS * vecs):
                         acc[ramp(i * LANES)] = zeros()
                     at = T.meta_var((T.cast(e, "int64") * panels + p) * k)
                     if Starts[e + 1] - Starts[e] - tile * ROWS > 1:
                         for kk in T.serial(k):
-                            for v in T.unroll((width // LANES)):
+                            for v in T.unroll(vecs):
                                 for r in T.unroll(ROWS):
-                                    acc[ramp(r * width + v * LANES)] = acc[ramp(r * width + v * LANES)] + load_weight(
-                                        Wf, (at + kk) * width + v * LANES, bf16
-                                    ) * splat(Xf[row[r] * k + kk])
+                                    acc[ramp(r * width + v * LANES)] = acc[
+                                        ramp(r * width + v * LANES)
+                                    ] + load_weight(Wf, (at + kk) * width + v * LANES, bf16) * splat(
+                                        Xf[row[r] * k + kk]
+                                    )
                     else:
                         for kk in T.serial(k):
-                            for v in T.unroll((width // LANES)):
+                            for v in T.unroll(vecs):
                                 acc[ramp(v * LANES)] = acc[ramp(v * LANES)] + load_weight(
                                     Wf, (at + kk) * width + v * LANES, bf16
                                 ) * splat(Xf[row[0] * k + kk])
                     done = T.alloc_buffer((ROWS * width,), "float32")
-                    for i in T.unroll(ROWS * (width // LANES)):
+                    for i in T.unroll(ROWS * vecs):
                         done[ramp(i * LANES)] = acc[ramp(i * LANES)]
                     for r in T.serial(T.min(ROWS, Starts[e + 1] - Starts[e] - tile * ROWS)):
                         for j in T.serial(T.min(PAIR, inner - p * PAIR)):
@@ -172,7 +179,9 @@ def expert_hidden(experts: int, k: int, inner: int, topk: int, limit: float, bf1
                             Hid[Starts[e] + tile * ROWS + r, p * PAIR + j] = (
                                 gate[0]
                                 * sigmoid(gate[0])
-                                * T.max(T.min(done[r * width + PAIR + j], T.float32(limit)), T.float32(-limit))
+                                * T.max(
+                                    T.min(done[r * width + PAIR + j], T.float32(limit)), T.float32(-limit)
+                                )
                                 * Gf[Order[Starts[e] + tile * ROWS + r]]
                             )
 
@@ -216,9 +225,11 @@ def expert_output(experts: int, k: int, inner: int, topk: int, bf16: bool):
                         for kk in T.serial(inner):
                             for v in T.unroll(vecs):
                                 for r in T.unroll(ROWS):
-                                    acc[ramp(r * width + v * LANES)] = acc[ramp(r * width + v * LANES)] + load_weight(
-                                        Wf, (at + kk) * width + v * LANES, bf16
-                                    ) * splat(Hid[row[r], kk])
+                                    acc[ramp(r * width + v * LANES)] = acc[
+                                        ramp(r * width + v * LANES)
+                                    ] + load_weight(Wf, (at + kk) * width + v * LANES, bf16) * splat(
+                                        Hid[row[r], kk]
+                                    )
                     else:
                         for kk in T.serial(inner):
                             for v in T.unroll(vecs):
@@ -231,7 +242,9 @@ def expert_output(experts: int, k: int, inner: int, topk: int, bf16: bool):
                     for r in T.serial(T.min(ROWS, Starts[e + 1] - Starts[e] - tile * ROWS)):
                         for j in T.serial(T.min(width, k - p * width)):
                             token = T.meta_var(T.cast(Order[Starts[e] + tile * ROWS + r] // topk, "int64"))
-                            Yf[token * k + p * width + j] = Yf[token * k + p * width + j] + done[r * width + j]
+                            Yf[token * k + p * width + j] = (
+                                Yf[token * k + p * width + j] + done[r * width + j]
+                            )
 
     return func
 
