@@ -23,11 +23,7 @@ class Bars:
             return
         if what != self._what or self._bar is None:
             self._close()
-            # A step without parts reports only its two ends, so its bar is shown at once or never.
-            delay = PATIENCE if total > 1 else 0
-            self._bar = self._make(
-                total=total, desc=what, delay=delay, leave=False, unit_scale=True, file=sys.stderr
-            )
+            self._bar = self._make(desc=what, total=total, leave=False, file=sys.stderr, **_style(total))
             self._what = what
         self._bar.update(done - self._bar.n)
         if done >= total:
@@ -45,6 +41,11 @@ class Bars:
         if self._bar is not None:
             self._bar.close()
         self._bar = None
+
+
+def _style(total: int) -> dict[str, Any]:
+    """A step without parts reports only its two ends: it is named at once, and no bar could move."""
+    return {"unit_scale": True, "delay": PATIENCE} if total > 1 else {"bar_format": "{desc} ..."}
 
 
 def _tqdm() -> Any:

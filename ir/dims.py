@@ -105,7 +105,10 @@ def parse_dim(text: str) -> Dim | int:
 
 def _parse_chain(tokens: list[str]) -> tuple[Dim | int, list[str]]:
     value, rest = _parse_atom(tokens)
+    first = rest[0] if rest else ""
     while rest and rest[0] in ("+", "-", "*", "//"):
+        if (rest[0] in "+-") != (first in "+-"):
+            raise ParseError(f"{first!r} and {rest[0]!r} need parentheses between them", allowed="(T+3)//4")
         rhs, after = _parse_atom(rest[1:])
         value, rest = _make(rest[0], value, rhs), after
     return value, rest

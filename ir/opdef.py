@@ -78,6 +78,8 @@ class Signature:
 
     def shape(self, index: int, rank: int | None = None) -> Shape:
         """The shape of operand `index`, whose rank must be `rank` when given."""
+        if index >= len(self.types):
+            self.fail(f"needs operand {self.name(index)}")
         t = self.types[index]
         if rank is not None and t.rank != rank:
             self.fail(f"needs {self.name(index)} of rank {rank}, got {t}")
@@ -90,6 +92,12 @@ class Signature:
         """Two dimensions that must be the same."""
         if a != b:
             self.fail(f"needs {what} to agree, got {a} and {b}")
+
+    def fits(self, index: int, *shape: Dim | int) -> None:
+        """Operand `index` must have exactly this shape."""
+        if self.types[index].shape != shape:
+            wanted = ", ".join(str(d) for d in shape)
+            self.fail(f"needs {self.name(index)} [{wanted}], got {self.types[index]}")
 
     def int(self, name: str) -> int:
         value = self.attrs[name]

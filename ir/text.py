@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dsv4c.errors import IRError, ParseError, unknown
 
 from . import weights as w
-from .attrs import Attr, print_attrs
+from .attrs import Attr, AttrKind, print_attrs
 from .graph import Module, Op, Value
 from .levels import Level
 from .lexer import Cursor
@@ -62,6 +62,9 @@ _CONSTRUCTORS: dict[str, Callable[..., WeightExpr]] = {
     "rope_frequencies": w.rope_frequencies,
 }  # fmt: skip
 
+_TYPED = {"name": AttrKind.STR, "dtype": AttrKind.DTYPE, "shape": AttrKind.INTS, "block": AttrKind.INTS}
+"""Attributes of weight operations that no arithmetic checks."""
+
 
 def parse_weight(cursor: Cursor) -> WeightExpr:
     """A weight expression at the cursor."""
@@ -74,9 +77,14 @@ def parse_weight(cursor: Cursor) -> WeightExpr:
             args.append(parse_weight(cursor))
             if cursor.peek() != ")":
                 cursor.expect(",")
+    attrs = cursor.attrs()
+    for key, kind in _TYPED.items():
+        if key in attrs and not kind.admits(attrs[key]):
+            what = f"{name}.{key} = {attrs[key]!r} is mistyped"
+            raise ParseError(what, where=cursor.where, allowed=kind.value)
     try:
-        return _CONSTRUCTORS[name](*args, **cursor.attrs())
-    except TypeError as error:
+        return _CONSTRUCTORS[name](*args, **attrs)
+    except (TypeError, IndexError) as error:
         raise ParseError(f"bad operands of weight operation {name}: {error}", where=cursor.where) from None
 
 
@@ -110,17 +118,33 @@ class _Parser:
         return module
 
     def line(self, module: Module, number: int, line: str) -> None:
+        """One line; every complaint about it names its number."""
+        try:
+            self.statement(module, number, line)
+        except ParseError as error:
+            where = error.where or self.at(number)
+            raise ParseError(error.what, where=where, allowed=error.allowed, hint=error.hint) from None
+        except IRError as error:
+            raise ParseError(f"{error.where}: {error.what}", where=self.at(number)) from None
+        except ValueError as error:
+            raise ParseError(f"malformed line: {error}", where=self.at(number)) from None
+
+    def statement(self, module: Module, number: int, line: str) -> None:
         word = line.split(None, 1)[0]
         if word == "meta":
             module.meta = json.loads(line.split(None, 1)[1])
         elif word in ("input", "state"):
-            name, type_ = line.split(None, 1)[1].split(":", 1)
+            name, colon, type_ = line.removeprefix(word).partition(":")
+            if not colon:
+                raise ParseError(f"{word} needs a name and a type", allowed=f"{word} %name : dtype[dims]")
             value = self.define(
                 name.strip(), Value(parse_type(type_), None, name.strip()[1:]), self.at(number)
             )
             (module.inputs if word == "input" else module.states)[value.name] = value
         elif word == "output":
-            name, value_name = (s.strip() for s in line.split(None, 1)[1].split("="))
+            name, _, value_name = (s.strip() for s in line.removeprefix(word).partition("="))
+            if not name or not value_name or name in module.outputs:
+                raise ParseError(f"{line!r} names no new output", allowed="output name = %value")
             module.outputs[name] = self.use(value_name, self.at(number))
         else:
             module.ops.append(self.op(Cursor(line, self.at(number))))
@@ -165,6 +189,9 @@ class _Parser:
         found = [v.type for v in op.results]
         if found != types:
             raise ParseError(f"{word} gives {_list(found)}, the text says {_list(types)}", where=cursor.where)
+        if len(names) != len(op.results):
+            what = f"{word} gives {len(op.results)} results, the text names {len(names)}"
+            raise ParseError(what, where=cursor.where)
         for name, value in zip(names, op.results, strict=True):
             self.define(name, value, cursor.where)
         return op

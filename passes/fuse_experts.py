@@ -81,6 +81,8 @@ def recognise(combine: Op) -> tuple[Op, list[_Expert]] | str:
         )
     if source is None or len(experts) != source.attrs["experts"]:
         return "the combine does not take every expert of its dispatch"
+    if combine.operands[0] is not source.operands[1] or combine.operands[1] is not source.operands[3]:
+        return "the combine scatters by other ids or padding than the dispatch gathered by"
     if len({(e.w1.shape, e.w3.shape, e.w2.shape, e.limit) for e in experts}) != 1:
         return "the experts differ in shape or limit"
     return source, experts

@@ -23,8 +23,9 @@ class NarrowWeights(Pass):
     """Chooses the dtype in which each weight is stored.
 
     Matrices whose every value is a BF16 number by construction (BF16 sources; FP8 and FP4 codes times a
-    power of two) are stored as BF16 under `storage="auto"`; everything else, and everything under
-    `storage="f32"`, as F32. Values do not change: emission checks each cast.
+    power of two) and that nothing but matrix products and embeddings reads are stored as BF16 under
+    `storage="auto"`; everything else, and everything under `storage="f32"`, as F32. Values do not change:
+    emission checks each cast.
     """
 
     name: ClassVar[str] = "narrow_weights"
@@ -41,7 +42,7 @@ class NarrowWeights(Pass):
             assert op.weight is not None
             if not op.weight.dtype.is_float:
                 continue
-            matrix = any(user.name in _MATRIX_READERS for user in op.result.users())
+            matrix = all(user.name in _MATRIX_READERS for user in op.result.users())
             narrow = self.storage == "auto" and matrix and is_bf16(op.weight)
             wanted = store_as(op.weight, DType.BF16 if narrow else DType.F32)
             changed += wanted.dtype is not op.weight.dtype

@@ -1,4 +1,4 @@
-"""What the tests of the compiler share: weights from a dictionary, and ops run by their kernels and by meaning."""
+"""What tests of the compiler share: weights from a dictionary, ops run by their kernels and by meaning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dsv4c.ir.levels import Level
 from dsv4c.ir.meaning import Evaluator
 from dsv4c.ir.types import TensorType, f32, i32
 from dsv4c.ir.weights import WeightExpr
-from dsv4c.runtime.buffers import aligned, zeros
+from dsv4c.runtime.buffers import zeros
 
 Arr = npt.NDArray[Any]
 B, T, L, CTX = sym("B"), sym("T"), sym("L"), sym("ctx")
@@ -91,7 +91,9 @@ class Case:
         found: dict[str, Arr] = self._compiled(inputs)
         return found
 
-    def check(self, inputs: Mapping[str, Arr], tolerance: float = 2e-5, only: Arr | None = None) -> dict[str, Arr]:
+    def check(
+        self, inputs: Mapping[str, Arr], tolerance: float = 2e-5, only: Arr | None = None
+    ) -> dict[str, Arr]:
         """Kernels against meaning: integers equal, floats within `tolerance` of the expected range.
 
         `only` [B,T] is the mask of the rows to compare, for outputs that start with those axes.
@@ -137,8 +139,9 @@ class _Compiled:
         import tvm
         from tvm import relax
 
-        from dsv4c.targets.cpu.target import host_arch
+        from dsv4c.targets import parse_target
         from dsv4c.targets.cpu.tvm.context import Context
+        from dsv4c.targets.cpu.tvm.emit import cross_attributes
         from dsv4c.targets.cpu.tvm.lowering import LOWERINGS
 
         module = case.module
@@ -158,9 +161,8 @@ class _Compiled:
             context.builder.emit_func_output(results, params=[*arguments, *weights])
         self.names, self.outputs = list(module.arguments()), list(module.outputs)
         self.types = {name: v.type for name, v in module.arguments().items()}
-        executable = tvm.compile(
-            context.builder.get(), target=tvm.target.Target({"kind": "llvm", "mcpu": host_arch()})
-        )
+        target = tvm.target.Target({"kind": "llvm", **cross_attributes(parse_target("cpu")[1])})
+        executable = tvm.compile(context.builder.get(), target=target)
         self.step = relax.VirtualMachine(executable, tvm.cpu())["step"]
         packed = [w.materialise(expr, case.store) for _, expr in context.packed.values()]
         self.weights = [self._tensor(array) for array in packed]
@@ -172,7 +174,7 @@ class _Compiled:
 
         copy = zeros(array.shape, array.dtype)
         copy[...] = array
-        return tvm_ffi.from_dlpack(aligned(copy))
+        return tvm_ffi.from_dlpack(copy)
 
     def __call__(self, inputs: Mapping[str, Arr]) -> dict[str, Arr]:
         given = [self._tensor(np.asarray(inputs[n], self.types[n].dtype.storage)) for n in self.names]

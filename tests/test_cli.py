@@ -1,14 +1,15 @@
-"""The command line: every command in process, the bad command lines, and the promises about processes."""
+"""The command line: its frame, and every command in process on one small artifact."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
-import os
+import shlex
 import shutil
-import signal
-import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +18,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dsv4c import __version__, cli
+from dsv4c.cli import progress, show
 from dsv4c.cli.base import Command, Parser
 from dsv4c.cli.streaming import StopFilter
 from dsv4c.cli.table import COMMANDS
+from dsv4c.errors import UsageError
 from dsv4c.frontend.generate import generate_checkpoint
 from dsv4c.runtime.container import Artifact, ArtifactWriter
 
@@ -39,9 +42,10 @@ class Built(NamedTuple):
     bare: Path
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    root = tmp_path_factory.mktemp("cli")
+@functools.cache
+def build(base: Path) -> Built:
+    """Compiles once per process, whichever test module asks first."""
+    root = Path(tempfile.mkdtemp(prefix="cli-", dir=base))
     checkpoint = generate_checkpoint(root / "checkpoint", "tiny", seed=0)
     tokenizer = Tokenizer(
         models.WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token="<bos>")
@@ -58,11 +62,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return Built(checkpoint, out, ir, artifact, root / "bare.dsv4")
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return build(tmp_path_factory.getbasetemp())
+
+
 def _call(argv: list[str]) -> tuple[int, str, str]:
     """`main` with its output, where capsys cannot reach: in a module's fixture."""
-    import contextlib
-    import io
-
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = cli.main(argv)
@@ -127,8 +133,6 @@ def test_help_teaches(dsv4c: Call, name: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_examples_parse(name: str) -> None:
-    import shlex
-
     for line in COMMANDS[name].examples:
         assert cli.build_parser().parse_args(shlex.split(line)[1:]).command == name
 
@@ -155,8 +159,6 @@ def test_exit_codes_of_exceptions(dsv4c: Call, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_parser_never_exits_on_errors() -> None:
-    from dsv4c.errors import UsageError
-
     with pytest.raises(UsageError, match="unrecognized arguments: --verbose"):
         Parser(prog="dsv4c").parse_args(["--verbose"])
 
@@ -384,189 +386,33 @@ def test_stop_texts_across_tokens(
     assert stop.hit == hit
 
 
-# ------------------------------------------------------------------------------ bad command lines
+class _Bar:
+    """What `Bars` asks of a bar, as a log."""
 
-COMPILE = "compile {checkpoint} --target cpu"
-RUN = "run {artifact} --ids 1,2"
+    def __init__(self, log: list[str], **options: Any) -> None:
+        self.log, self.n, self.name = log, 0, options["desc"]
+        log.append(f"{self.name} {'waits' if 'delay' in options else 'shows'}")
 
-BAD = [
-    ("", "no command"),
-    ("comple x", "unknown command 'comple'; allowed: bench, compile"),
-    ("comple x", "did you mean 'compile'?"),
-    ("--verbose", "unrecognized arguments: --verbose"),
-    ("run", "the following arguments are required: FILE"),
-    ("run {artifact}", "one of the arguments --prompt --ids --prompt-file is required"),
-    (RUN + " --prompt x", "not allowed with argument"),
-    ("run {missing} --ids 1", "cannot be read: No such file"),
-    ("run {directory} --ids 1", "this is a directory"),
-    ("run {config} --ids 1", "this is not a dsv4c artifact"),
-    ("run {artifact} --ids 1,x", "'1,x' is not a list of token ids like 1,2,3"),
-    ("run {artifact} --ids ,", "is not a list of token ids"),
-    ("run {artifact} --ids 61", "a token id is outside the vocabulary; allowed: 0..60"),
-    ("run {bare} --prompt x", "carries no tokenizer"),
-    ("run {artifact} --prompt-file {missing}", "no such file"),
-    ("run {artifact} --prompt-file {artifact}", "is not UTF-8 text"),
-    ("run {artifact} --prompt-file {empty}", "the prompt is empty"),
-    ("run {artifact} --prompt \udcff", "the text is not UTF-8"),
-    (RUN + " --max-new-tokens -1", "'-1' is not an integer of at least 0"),
-    (RUN + " --max-new-tokens 600", "600 new tokens do not fit the context"),
-    (RUN + " --context 513", "context = 513; allowed: 1 to 512"),
-    (
-        RUN + " --context 4 --max-new-tokens 3 --save-session {new}",
-        "allowed: at most 2 when the session is saved",
-    ),
-    (RUN + " --threads 0", "'0' is not an integer of at least 1"),
-    (RUN + " --chunk 0", "'0' is not an integer of at least 1"),
-    (RUN + " --temperature hot", "'hot' is not a number"),
-    (RUN + " --temperature -1", "temperature is -1.0; allowed: a finite number >= 0"),
-    (RUN + " --temperature nan", "temperature is nan"),
-    (RUN + " --top-p 0", "top_p is 0.0; allowed: a number > 0 and <= 1"),
-    (RUN + " --top-k 1.5", "'1.5' is not an integer"),
-    (RUN + " --stop x", "--stop needs text; allowed: --prompt or --prompt-file"),
-    (RUN + " --temp 1", "unrecognized arguments: --temp"),
-    (RUN + " --load-session {config}", "is not a saved session"),
-    (RUN + " --load-session {missing}", "is not a saved session"),
-    (RUN + " --save-session {missing}/s.npz", "the directory of the session to save does not exist"),
-    (RUN + " --save-session {directory}", "the session to save is a directory"),
-    (COMPILE, "the following arguments are required: -o/--output"),
-    ("compile {checkpoint} -o {new}", "the following arguments are required: --target"),
-    (COMPILE + "q -o {new}", "unknown target 'cpuq'; allowed: cpu"),
-    (COMPILE + ":x86-64-v9 -o {new}", "unknown arch 'x86-64-v9'"),
-    (COMPILE + " -o {new} --format tv", "unknown format 'tv'; allowed: onnx, tvm"),
-    (COMPILE + " -o {new} --numerics fast", "numerics 'fast'; allowed: exact"),
-    (COMPILE + " -o {new} --passes fuse_swigl", "did you mean 'fuse_swiglu'?"),
-    (COMPILE + " -o {new} --passes narrow_weights{{size=1}}", "unknown option 'size'; allowed: storage"),
-    (COMPILE + " -o {new} --dump-ir {artifact}", "is not a directory"),
-    (COMPILE + " -o {directory}", "the output is a directory"),
-    (COMPILE + " -o {missing}/m.dsv4", "the output directory does not exist"),
-    (COMPILE + " -o /proc/m.dsv4", "cannot be written"),
-    ("compile {missing} --target cpu -o {new}", "config.json: no such file"),
-    ("compile {config_only} --target cpu -o {new}", "safetensors"),
-    ("inspect {missing}", "no such file or directory"),
-    ("inspect {directory}", "config.json: no such file"),
-    ("inspect {config}", "this is not a dsv4c artifact"),
-    ("inspect {artifact} --context 513", "context = 513; allowed: 1 to 512"),
-    ("verify {bare}", "has no golden vectors"),
-    ("verify {missing}", "cannot be read"),
-    ("bench {artifact}", "576 positions do not fit the model; allowed: at most 512"),
-    ("bench {artifact} --repeat 0", "'0' is not an integer of at least 1"),
-    ("opt {missing}", "no such file"),
-    ("opt {config}", "config.json"),
-    ("opt {artifact}", "is not UTF-8 text"),
-    ("opt {model} -p fuse", "unknown pass 'fuse'"),
-    ("opt {model} -p fuse_experts", "does not take level MODEL; allowed: FUSED"),
-    ("opt {model} -o {directory}", "the output is a directory"),
-    ("opt {model} -o /proc/out.ir", "cannot be written"),
-    ("targets cpu", "unrecognized arguments: cpu"),
-]
+    def update(self, n: int) -> None:
+        self.n += n
+
+    def close(self) -> None:
+        self.log.append(f"{self.name} {self.n}")
 
 
-@pytest.mark.parametrize(("line", "message"), BAD)
-def test_bad_command_lines(dsv4c: Call, built: Built, tmp_path: Path, line: str, message: str) -> None:
-    directory = tmp_path / "directory"
-    directory.mkdir()
-    (tmp_path / "empty").write_text("")
-    places = {
-        "checkpoint": built.checkpoint, "artifact": built.artifact, "bare": built.bare,
-        "directory": directory, "missing": tmp_path / "missing", "new": tmp_path / "new", "empty": tmp_path / "empty",
-        "config": built.checkpoint / "config.json", "config_only": CONFIGS / "v4-flash",
-        "model": built.ir / "00-model.ir",
-    }  # fmt: skip
-    words = [word.format(**places) for word in line.split()]
-    code, _, err = dsv4c(*words)
-    assert code == 2
-    assert err.startswith("dsv4c: error: ") and message in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "empty"]
+def test_bars_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(progress, "_tqdm", lambda: functools.partial(_Bar, log))
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+        with progress.Bars() as bars:
+            for what, done, total in (("code", 0, 1), ("code", 1, 1), ("weights", 4, 9), ("weights", 7, 9)):
+                bars(what, done, total)
+    assert log == ["code shows", "code 1", "weights waits", "weights 7"]
 
 
-def test_errors_are_objects_with_json(dsv4c: Call, built: Built) -> None:
-    code, out, err = dsv4c("run", built.artifact, "--ids", "61", "--json")
-    error = json.loads(out)["error"]
-    assert code == 2 and error["type"] == "SessionError" and error["allowed"] == "0..60" and err
-    code, out, _ = dsv4c("inspect", "--json", "--nonsense")
-    assert code == 2 and json.loads(out)["error"]["type"] == "UsageError"
-
-
-# ------------------------------------------------------------------------------ processes
-
-BLOCKER = """
-import sys
-class Block:
-    names = {names!r}
-    def find_spec(self, name, path=None, target=None):
-        if name in self.names or name.partition(".")[0] in self.names:
-            raise ImportError(name + " is blocked")
-sys.meta_path.insert(0, Block())
-"""
-
-
-def _environment(*paths: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT / ".pkg")))}
-
-
-def test_running_needs_no_compiler(built: Built, tmp_path: Path) -> None:
-    names = ["tvm", "onnx", "onnx_ir", "onnxruntime", "networkx", "torch", "transformers", "tqdm"]
-    names += [f"dsv4c.{part}" for part in ("api", "frontend", "ir", "passes", "targets")]
-    (tmp_path / "sitecustomize.py").write_text(BLOCKER.format(names=names))
-
-    def run(*words: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "dsv4c", *map(str, words)]
-        env = _environment(tmp_path)
-        return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
-
-    text = run("run", built.artifact, "--prompt", "abc", "--max-new-tokens", 3)
-    assert text.returncode == 0, text.stderr
-    assert len(text.stdout) > 1
-    for words in (("verify", built.artifact), ("inspect", built.artifact), ("--help",)):
-        assert run(*words).returncode == 0
-    compiled = run("compile", built.checkpoint, "--target", "cpu", "-o", tmp_path / "m.dsv4")
-    assert compiled.returncode == 2
-    assert 'hint: pip install "dsv4c[compile]"' in compiled.stderr
-    assert "Traceback" not in compiled.stderr
-
-
-def test_a_killed_compile_leaves_nothing(built: Built, tmp_path: Path) -> None:
-    if not hasattr(os, "O_TMPFILE") or not Path("/proc/self/fd").is_dir():
-        pytest.skip("the file system knows no nameless files")
-    out = tmp_path / "out"
-    out.mkdir()
-    command = [sys.executable, "-m", "dsv4c", "compile", str(built.checkpoint), "--target", "cpu"]
-    child = subprocess.Popen(
-        [*command, "-o", str(out / "m.dsv4")], env=_environment(), stderr=subprocess.PIPE
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while not _has_open(child.pid, out):
-            assert child.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-        time.sleep(0.5)  # into the work
-        assert child.poll() is None
-    finally:
-        child.kill()
-        _, err = child.communicate()
-    assert child.returncode == -signal.SIGKILL, err
-    assert list(out.iterdir()) == []
-
-
-def _has_open(pid: int, directory: Path) -> bool:
-    """Whether a process has a file of the directory open, named or nameless."""
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            target = os.readlink(descriptor)
-        except OSError:
-            continue
-        if target.startswith(f"{directory}/"):
-            return True
-    return False
-
-
-def test_a_closed_pipe_is_quiet() -> None:
-    command = [sys.executable, "-m", "dsv4c", "passes"]
-    child = subprocess.Popen(
-        command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None and child.stderr is not None
-    child.stdout.close()
-    assert child.stderr.read() == ""
-    assert child.wait() == 141
-    child.stderr.close()
+def test_sizes_for_people() -> None:
+    assert [show.size(n) for n in (0, 1023, 1536, 3 << 30)] == ["0 B", "1023 B", "1.5 KiB", "3 GiB"]
+    assert [show.amount(n) for n in (7, 284_300_000_000)] == ["7", "284.3 B"]
+    assert json.loads(show.as_json({"a": [float("inf"), (1.5, float("nan"))]})) == {"a": [None, [1.5, None]]}
+    assert show.table([("a", 1), ("bb", 22)], ("x", "n"), right=[1]) == "x    n\na    1\nbb  22"

@@ -29,8 +29,10 @@ def _rotary(sig: Signature) -> Types:
 
 
 def _position_bias(sig: Signature) -> Types:
-    sig.equal(sig.shape(0, 3)[2], sig.shape(1, 2)[1], "the channels of x and bias")
-    return (f32(*sig.shape(0)),)
+    b, t, c = sig.shape(0, 3)
+    sig.equal(c, sig.shape(1, 2)[1], "the channels of x and bias")
+    sig.fits(2, b)
+    return (f32(b, t, c),)
 
 
 def _compress(sig: Signature) -> Types:
@@ -38,13 +40,18 @@ def _compress(sig: Signature) -> Types:
     ratio, overlap = sig.int("ratio"), bool(sig.attrs["overlap"])
     for index in (1, 2, 3):
         sig.equal(sig.shape(index, 3)[2], c, "the channels of kv, gate and their rings")
+    sig.fits(1, b, t, c)
+    sig.fits(4, b)
+    sig.fits(5, b)
     sig.equal(sig.shape(2)[1], ratio * (2 if overlap else 1), "the ring's rows and the group")
     return (f32(b, closed_groups(t, ratio), static(sig, c, "channel count") // (2 if overlap else 1)),)
 
 
 def _index_scores(sig: Signature) -> Types:
     b, t, h, d = sig.shape(0, 4)
-    sig.equal(sig.shape(1, 3)[2], h, "the index heads of q and weights")
+    sig.fits(1, b, t, h)
+    sig.fits(3, b)
+    sig.fits(4, b)
     _, capacity, width = sig.shape(2, 3)
     sig.equal(width, d, "the width of index queries and keys")
     return (f32(b, t, capacity),)
@@ -61,10 +68,11 @@ def _index_select(sig: Signature) -> Types:
 
 def _attention(sig: Signature) -> Types:
     b, t, h, d = sig.shape(0, 4)
-    if sig.shape(1, 3) != (b, t, d):
-        sig.fail(f"needs kv [B,T,D] to fit q, got {sig.type(1)}")
+    sig.fits(1, b, t, d)
     sig.equal(sig.shape(2, 3)[2], d, "the width of q and ring")
-    sig.equal(sig.shape(3, 1)[0], h, "the heads of q and sinks")
+    sig.fits(3, h)
+    sig.fits(4, b)
+    sig.fits(5, b)
     if len(sig.types) > 6:
         sig.equal(sig.shape(6, 3)[2], d, "the width of q and entries")
     if len(sig.types) > 7:

@@ -12,33 +12,36 @@ Types = tuple[TensorType, ...]
 def _projection(sig: Signature, rows: int) -> None:
     _, _, n, d = sig.shape(0, 4)
     expected = (rows, static(sig, n, "stream count") * static(sig, d, "width"))
-    if sig.shape(1, 2) != expected:
-        sig.fail(f"needs fn {list(expected)}, got {sig.type(1)}")
+    sig.fits(1, *expected)
+    sig.fits(2, rows)
 
 
 def _hc_mix(sig: Signature) -> Types:
     b, t, dim, _ = sig.shape(0, 4)
     n = static(sig, dim, "stream count")
     _projection(sig, n * (2 + n))
+    sig.fits(3, 3)
     return f32(b, t, n), f32(b, t, n), f32(b, t, n, n)
 
 
 def _hc_head_mix(sig: Signature) -> Types:
     b, t, dim, _ = sig.shape(0, 4)
     _projection(sig, static(sig, dim, "stream count"))
+    sig.fits(3, 1)
     return (f32(b, t, dim),)
 
 
 def _hc_collapse(sig: Signature) -> Types:
     b, t, n, d = sig.shape(0, 4)
-    sig.equal(sig.shape(1, 3)[2], n, "the streams of x and weights")
+    sig.fits(1, b, t, n)
     return (f32(b, t, d),)
 
 
 def _hc_expand(sig: Signature) -> Types:
     b, t, n, d = sig.shape(0, 4)
-    if sig.shape(1, 3) != (b, t, d) or sig.shape(3, 4) != (b, t, n, n):
-        sig.fail(f"needs y [B,T,d] and comb [B,T,n,n], got {sig.type(1)} and {sig.type(3)}")
+    sig.fits(1, b, t, d)
+    sig.fits(2, b, t, n)
+    sig.fits(3, b, t, n, n)
     return (f32(b, t, n, d),)
 
 

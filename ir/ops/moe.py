@@ -31,10 +31,22 @@ def _route_hash(sig: Signature) -> Types:
 
 
 def _route_weights(sig: Signature) -> Types:
+    b, t, _ = sig.shape(0, 3)
+    sig.fits(1, b, t, sig.shape(1, 3)[2])
     return (f32(*sig.shape(1, 3)),)
 
 
+def _routing(sig: Signature) -> None:
+    """x [B,T,d], ids and weights [B,T,k], n_valid [B]."""
+    b, t, _ = sig.shape(0, 3)
+    k = sig.shape(1, 3)[2]
+    sig.fits(1, b, t, k)
+    sig.fits(2, b, t, k)
+    sig.fits(3, b)
+
+
 def _dispatch(sig: Signature) -> Types:
+    _routing(sig)
     _, _, d = sig.shape(0, 3)
     out: list[TensorType] = []
     for expert in range(sig.int("experts")):
@@ -50,15 +62,19 @@ def _scale_rows(sig: Signature) -> Types:
 
 def _combine(sig: Signature) -> Types:
     b, t, _ = sig.shape(0, 3)
-    return (f32(b, t, sig.shape(2, 2)[1]),)
+    d = sig.shape(2, 2)[1]
+    sig.fits(1, b)
+    for index in range(2, len(sig.types)):
+        sig.equal(sig.shape(index, 2)[1], d, "the width of every expert's rows")
+    return (f32(b, t, d),)
 
 
 def _expert_mlp(sig: Signature) -> Types:
+    _routing(sig)
     b, t, d = sig.shape(0, 3)
     e, i2, k = sig.shape(4, 3)
     sig.equal(k, d, "the width of x and w13")
-    if sig.shape(5, 3) != (e, d, static(sig, i2, "expert width") // 2):
-        sig.fail(f"needs w2 [E,d,I], got {sig.type(5)}")
+    sig.fits(5, e, d, static(sig, i2, "expert width") // 2)
     return (f32(b, t, d),)
 
 

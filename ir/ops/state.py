@@ -22,21 +22,29 @@ def closed_groups(tokens: Dim | int, ratio: int) -> Dim | int:
 
 
 def _positions(sig: Signature) -> Types:
-    return (i32(*sig.shape(0, 2)),)
+    b, t = sig.shape(0, 2)
+    sig.fits(1, b)
+    return (i32(b, t),)
 
 
 def _entry_positions(sig: Signature) -> Types:
     b, t = sig.shape(0, 2)
+    sig.fits(1, b)
     return (i32(b, closed_groups(t, sig.int("ratio"))),)
 
 
 def _advance(sig: Signature) -> Types:
-    return (i32(*sig.shape(0, 1)),)
+    (b,) = sig.shape(0, 1)
+    sig.fits(1, b)
+    return (i32(b),)
 
 
 def _write(sig: Signature) -> Types:
     ring, rows = sig.shape(0, 3), sig.shape(1, 3)
     sig.equal(ring[2], rows[2], "the row width of state and rows")
+    sig.equal(ring[0], rows[0], "the sequences of state and rows")
+    sig.fits(2, ring[0])
+    sig.fits(3, ring[0])
     return (sig.type(0),)
 
 

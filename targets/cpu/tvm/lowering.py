@@ -240,10 +240,14 @@ def expert_mlp(c: Context, op: Op) -> None:
         w13, lambda e: _per_expert(e, lambda m: _panels(w.pair_rows(m, dense.PAIR), 2 * dense.PAIR))
     )
     second = c.weight(w2, lambda e: _per_expert(e, lambda m: _panels(m, dense.panel_width(k))))
+    room = routes + dense.ROWS
+    gather = c.kernel(dense.expert_gather, experts, k, topk)
+    (rows,) = c.call(gather, [c.values[x], order, starts], relax.TensorType([room, k], "float32"))
     (hidden,) = c.call(
         c.kernel(dense.expert_hidden, experts, k, inner, topk, op.attrs["limit"], bf16),
-        [c.values[x], c.values[weights], order, starts, first], relax.TensorType([routes, inner], "float32"),
-    )  # fmt: skip
+        [rows, c.values[weights], order, starts, first],
+        relax.TensorType([room, inner], "float32"),
+    )
     kernel = c.kernel(dense.expert_output, experts, k, inner, topk, is_bf16(w2))
     (c.values[op.result],) = c.call(kernel, [hidden, order, starts, second], c.tensor(op.result.type))
 

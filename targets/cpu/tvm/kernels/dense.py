@@ -114,6 +114,29 @@ def grouped_linear(groups: int, k: int, n: int, bf16: bool):
     return func
 
 
+def expert_gather(experts: int, k: int, topk: int):
+    """X [B,S,k] -> [B*S*topk + ROWS, k]: the row of every route, sorted by expert.
+
+    The tail is left alone: a tile may read up to ROWS rows past its expert's last, and drops what it gets.
+    """
+
+    @T.prim_func(s_tir=True)
+    def func(x: T.handle, o: T.handle, s: T.handle, y: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        X = T.match_buffer(x, (B, S, k), "float32")
+        Order = T.match_buffer(o, (B * S * topk,), "int32")
+        Starts = T.match_buffer(s, (experts + 1,), "int32")
+        Y = T.match_buffer(y, (B * S * topk + ROWS, k), "float32")
+        Xf = T.decl_buffer((B * S * k,), "float32", data=X.data)
+        for i in T.serial(Starts[experts]):
+            for j in T.serial(k):
+                Y[i, j] = Xf[T.cast(Order[i] // topk, "int64") * k + j]
+
+    return func
+
+
 PAIR = 32
 """Rows of w1 and of w3 in one panel of the experts' first product."""
 
@@ -121,9 +144,9 @@ PAIR = 32
 def expert_hidden(experts: int, k: int, inner: int, topk: int, limit: float, bf16: bool):
     """First half of the expert MLP, on rows sorted by expert.
 
-    X [B,S,k]; gates [B,S,topk]; order [B*S*topk] i32 (position in the flat routing -> sorted row);
-    starts [experts+1] i32; W [experts,panels,k,64] (32 rows of w1, then the same 32 of w3)
-    -> H [B*S*topk, inner] = silu(min(g, L)) clamp(u, -L, L) gate.
+    X [B*S*topk+ROWS,k] from `expert_gather`; gates [B,S,topk]; order [B*S*topk] i32 (sorted row -> position
+    in the flat routing); starts [experts+1] i32; W [experts,panels,k,64] (32 rows of w1, then the same 32 of w3)
+    -> H [B*S*topk+ROWS, inner] = silu(min(g, L)) clamp(u, -L, L) gate.
     """
     panels, width, dtype = -(-inner // PAIR), 2 * PAIR, weight_dtype(bf16)
     vecs = width // LANES
@@ -133,26 +156,22 @@ def expert_hidden(experts: int, k: int, inner: int, topk: int, limit: float, bf1
         T.func_attr({"tir.noalias": True})
         B = T.int64()
         S = T.int64()
-        X = T.match_buffer(x, (B, S, k), "float32")
+        X = T.match_buffer(x, (B * S * topk + ROWS, k), "float32")
         G = T.match_buffer(g, (B, S, topk), "float32")
         Order = T.match_buffer(o, (B * S * topk,), "int32")
         Starts = T.match_buffer(s, (experts + 1,), "int32")
         W = T.match_buffer(w, (experts, panels, k, width), dtype)
-        Hid = T.match_buffer(h, (B * S * topk, inner), "float32")
-        Xf = T.decl_buffer((B * S * k,), "float32", data=X.data)
+        Hid = T.match_buffer(h, (B * S * topk + ROWS, inner), "float32")
+        Xf = T.decl_buffer(((B * S * topk + ROWS) * k,), "float32", data=X.data)
         Gf = T.decl_buffer((B * S * topk,), "float32", data=G.data)
         Wf = T.decl_buffer((experts * panels * k * width,), dtype, data=W.data)
         for p in T.parallel(panels):
             for e in T.serial(experts):
                 for tile in T.serial((Starts[e + 1] - Starts[e] + (ROWS - 1)) // ROWS):
                     acc = T.alloc_buffer((ROWS * width,), "float32", scope="local")
-                    row = T.alloc_buffer((ROWS,), "int64", scope="local")
-                    for r in T.unroll(ROWS):
-                        row[r] = T.cast(
-                            Order[T.min(Starts[e] + tile * ROWS + r, Starts[e + 1] - 1)] // topk, "int64"
-                        )
                     for i in T.unroll(ROWS * vecs):
                         acc[ramp(i * LANES)] = zeros()
+                    base: T.let[T.int64] = T.cast(Starts[e] + tile * ROWS, "int64")
                     at = T.meta_var((T.cast(e, "int64") * panels + p) * k)
                     if Starts[e + 1] - Starts[e] - tile * ROWS > 1:
                         for kk in T.serial(k):
@@ -161,14 +180,14 @@ def expert_hidden(experts: int, k: int, inner: int, topk: int, limit: float, bf1
                                     acc[ramp(r * width + v * LANES)] = acc[
                                         ramp(r * width + v * LANES)
                                     ] + load_weight(Wf, (at + kk) * width + v * LANES, bf16) * splat(
-                                        Xf[row[r] * k + kk]
+                                        Xf[(base + r) * k + kk]
                                     )
                     else:
                         for kk in T.serial(k):
                             for v in T.unroll(vecs):
                                 acc[ramp(v * LANES)] = acc[ramp(v * LANES)] + load_weight(
                                     Wf, (at + kk) * width + v * LANES, bf16
-                                ) * splat(Xf[row[0] * k + kk])
+                                ) * splat(Xf[base * k + kk])
                     done = T.alloc_buffer((ROWS * width,), "float32")
                     for i in T.unroll(ROWS * vecs):
                         done[ramp(i * LANES)] = acc[ramp(i * LANES)]
@@ -189,9 +208,9 @@ def expert_hidden(experts: int, k: int, inner: int, topk: int, limit: float, bf1
 
 
 def expert_output(experts: int, k: int, inner: int, topk: int, bf16: bool):
-    """Second half: H [B*S*topk, inner] by W [experts,panels,inner,width] into Y [B,S,k], ascending expert.
+    """Second half: H [B*S*topk+ROWS, inner] by W [experts,panels,inner,width] into Y [B,S,k].
 
-    Tokens without a route (padding) get 0.
+    A token's experts are added in ascending order. Tokens without a route (padding) get 0.
     """
     width = panel_width(k)
     panels, vecs, dtype = -(-k // width), width // LANES, weight_dtype(bf16)
@@ -201,11 +220,12 @@ def expert_output(experts: int, k: int, inner: int, topk: int, bf16: bool):
         T.func_attr({"tir.noalias": True})
         B = T.int64()
         S = T.int64()
-        Hid = T.match_buffer(h, (B * S * topk, inner), "float32")
+        Hid = T.match_buffer(h, (B * S * topk + ROWS, inner), "float32")
         Order = T.match_buffer(o, (B * S * topk,), "int32")
         Starts = T.match_buffer(s, (experts + 1,), "int32")
         W = T.match_buffer(w, (experts, panels, inner, width), dtype)
         Y = T.match_buffer(y, (B, S, k), "float32")
+        Hf = T.decl_buffer(((B * S * topk + ROWS) * inner,), "float32", data=Hid.data)
         Wf = T.decl_buffer((experts * panels * inner * width,), dtype, data=W.data)
         Yf = T.decl_buffer((B * S * k,), "float32", data=Y.data)
         for p in T.parallel(panels):
@@ -215,11 +235,9 @@ def expert_output(experts: int, k: int, inner: int, topk: int, bf16: bool):
             for e in T.serial(experts):
                 for tile in T.serial((Starts[e + 1] - Starts[e] + (ROWS - 1)) // ROWS):
                     acc = T.alloc_buffer((ROWS * width,), "float32", scope="local")
-                    row = T.alloc_buffer((ROWS,), "int64", scope="local")
-                    for r in T.unroll(ROWS):
-                        row[r] = T.cast(T.min(Starts[e] + tile * ROWS + r, Starts[e + 1] - 1), "int64")
                     for i in T.unroll(ROWS * vecs):
                         acc[ramp(i * LANES)] = zeros()
+                    base: T.let[T.int64] = T.cast(Starts[e] + tile * ROWS, "int64")
                     at = T.meta_var((T.cast(e, "int64") * panels + p) * inner)
                     if Starts[e + 1] - Starts[e] - tile * ROWS > 1:
                         for kk in T.serial(inner):
@@ -228,14 +246,14 @@ def expert_output(experts: int, k: int, inner: int, topk: int, bf16: bool):
                                     acc[ramp(r * width + v * LANES)] = acc[
                                         ramp(r * width + v * LANES)
                                     ] + load_weight(Wf, (at + kk) * width + v * LANES, bf16) * splat(
-                                        Hid[row[r], kk]
+                                        Hf[(base + r) * inner + kk]
                                     )
                     else:
                         for kk in T.serial(inner):
                             for v in T.unroll(vecs):
                                 acc[ramp(v * LANES)] = acc[ramp(v * LANES)] + load_weight(
                                     Wf, (at + kk) * width + v * LANES, bf16
-                                ) * splat(Hid[row[0], kk])
+                                ) * splat(Hf[base * inner + kk])
                     done = T.alloc_buffer((ROWS * width,), "float32")
                     for i in T.unroll(ROWS * vecs):
                         done[ramp(i * LANES)] = acc[ramp(i * LANES)]

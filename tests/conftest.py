@@ -1,0 +1,27 @@
+"""Options and fixtures of all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dsv4c.api import load_checkpoint
+from dsv4c.frontend.generate import generate_checkpoint
+from dsv4c.ir.graph import Module
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--bless", action="store_true", help="rewrite the expectations of tests/filetests/*.ir")
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint with every layer kind and odd sizes."""
+    return generate_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "tiny", seed=5)
+
+
+@pytest.fixture
+def tiny_model(tiny_directory: Path) -> Module:
+    """The MODEL-level graph of the tiny checkpoint; the test may change it."""
+    return load_checkpoint(tiny_directory)

@@ -1,0 +1,204 @@
+"""What every op accepts: one valid use of each, and every way to get its operands or attributes wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dsv4c.errors import IRError
+from dsv4c.ir import weights as w
+from dsv4c.ir.dtypes import DType
+from dsv4c.ir.graph import Builder, Module, Op
+from dsv4c.ir.levels import FUSED_ONLY, Level, allows
+from dsv4c.ir.meaning.evaluator import meaning_of
+from dsv4c.ir.ops import OPS
+from dsv4c.ir.types import TensorType, parse_type
+
+Use = tuple[tuple[str, ...], dict[str, Any], tuple[str, ...]]
+
+HC = ("f32[B, T, 2, 6]", "f32[8, 12]", "f32[8]", "f32[3]")
+INDEX = ("f32[B, T, 3, 16]", "f32[B, T, 3]", "f32[B, ctx//4, 16]", "i32[B]", "i32[B]")
+ATTENTION = ("f32[B, T, 3, 16]", "f32[B, T, 16]", "f32[B, 8, 16]", "f32[3]", "i32[B]", "i32[B]",
+             "f32[B, ctx//4, 16]", "i32[B, T, 5]")  # fmt: skip
+EPS = {"eps": 1e-6}
+HC_EPS = {"eps": 1e-6, "norm_eps": 1e-6}
+
+VALID: dict[str, Use] = {
+    "embed": (("i32[B, T]", "bf16[61, 6]"), {}, ("f32[B, T, 6]",)),
+    "repeat_streams": (("f32[B, T, 6]",), {"n": 4}, ("f32[B, T, 4, 6]",)),
+    "linear": (("f32[B, T, 6]", "bf16[5, 6]"), {}, ("f32[B, T, 5]",)),
+    "grouped_linear": (("f32[B, T, 4, 6]", "f32[10, 12]"), {"groups": 2}, ("f32[B, T, 10]",)),
+    "rms_norm": (("f32[B, T, 6]", "f32[6]"), EPS, ("f32[B, T, 6]",)),
+    "unit_norm": (("f32[B, T, 6]",), EPS, ("f32[B, T, 6]",)),
+    "split_heads": (("f32[B, T, 6]",), {"heads": 3}, ("f32[B, T, 3, 2]",)),
+    "add": (("f32[B, T, 6]", "f32[B, T, 6]"), {}, ("f32[B, T, 6]",)),
+    "scale": (("f32[B, T, 6]",), {"factor": 2.0}, ("f32[B, T, 6]",)),
+    "clamp": (("f32[B, T, 6]",), {"low": -1.0, "high": 1.0}, ("f32[B, T, 6]",)),
+    "swiglu": (("f32[B, T, 6]", "f32[B, T, 6]"), {}, ("f32[B, T, 6]",)),
+    "clamped_swiglu": (("f32[B, T, 6]", "f32[B, T, 6]"), {"limit": 10.0}, ("f32[B, T, 6]",)),
+    "gather_rows": (("f32[B, T, 6]", "i32[B, L]"), {}, ("f32[B, L, 6]",)),
+    "positions": (("i32[B, T]", "i32[B]"), {}, ("i32[B, T]",)),
+    "entry_positions": (("i32[B, T]", "i32[B]"), {"ratio": 4}, ("i32[B, (T+3)//4]",)),
+    "advance": (("i32[B]", "i32[B]"), {}, ("i32[B]",)),
+    "ring_write": (("f32[B, 8, 6]", "f32[B, T, 6]", "i32[B]", "i32[B]"), {}, ("f32[B, 8, 6]",)),
+    "entries_append": (("f32[B, ctx//4, 6]", "f32[B, (T+3)//4, 6]", "i32[B]", "i32[B]"), {"ratio": 4},
+                       ("f32[B, ctx//4, 6]",)),
+    "rope_angles": (("i32[B, T]", "f32[2]"), {}, ("f32[B, T, 2]", "f32[B, T, 2]")),
+    "rotary": (("f32[B, T, 3, 6]", "f32[B, T, 2]", "f32[B, T, 2]"), {"inverse": True}, ("f32[B, T, 3, 6]",)),
+    "position_bias": (("f32[B, T, 6]", "f32[4, 6]", "i32[B]"), {}, ("f32[B, T, 6]",)),
+    "compress": (("f32[B, T, 6]", "f32[B, T, 6]", "f32[B, 8, 6]", "f32[B, 8, 6]", "i32[B]", "i32[B]"),
+                 {"ratio": 4, "overlap": True}, ("f32[B, (T+3)//4, 3]",)),
+    "index_scores": (INDEX, {"ratio": 4}, ("f32[B, T, ctx//4]",)),
+    "index_topk": (("f32[B, T, ctx//4]",), {"k": 5}, ("i32[B, T, 5]",)),
+    "index_select": (INDEX, {"ratio": 4, "k": 5}, ("i32[B, T, 5]",)),
+    "attention": (ATTENTION, {"scale": 0.25, "window": 8, "ratio": 4}, ("f32[B, T, 3, 16]",)),
+    "hc_mix": (HC, {**HC_EPS, "iters": 20}, ("f32[B, T, 2]", "f32[B, T, 2]", "f32[B, T, 2, 2]")),
+    "hc_collapse": (("f32[B, T, 2, 6]", "f32[B, T, 2]"), {}, ("f32[B, T, 6]",)),
+    "hc_expand": (("f32[B, T, 2, 6]", "f32[B, T, 6]", "f32[B, T, 2]", "f32[B, T, 2, 2]"), {},
+                  ("f32[B, T, 2, 6]",)),
+    "hc_head_mix": (("f32[B, T, 2, 6]", "f32[2, 12]", "f32[2]", "f32[1]"), HC_EPS, ("f32[B, T, 2]",)),
+    "sqrt_softplus": (("f32[B, T, 6]",), {}, ("f32[B, T, 6]",)),
+    "route_topk": (("f32[B, T, 6]", "f32[6]"), {"k": 2}, ("i32[B, T, 2]",)),
+    "route_hash": (("i32[B, T]", "i32[61, 2]"), {}, ("i32[B, T, 2]",)),
+    "route_weights": (("f32[B, T, 6]", "i32[B, T, 2]"), {"factor": 1.5, "eps": 1e-20}, ("f32[B, T, 2]",)),
+    "dispatch": (("f32[B, T, 6]", "i32[B, T, 2]", "f32[B, T, 2]", "i32[B]"), {"experts": 2, "label": "R"},
+                 ("f32[R.0, 6]", "f32[R.0]", "f32[R.1, 6]", "f32[R.1]")),
+    "scale_rows": (("f32[R.0, 6]", "f32[R.0]"), {}, ("f32[R.0, 6]",)),
+    "combine": (("i32[B, T, 2]", "i32[B]", "f32[R.0, 6]", "f32[R.1, 6]"), {}, ("f32[B, T, 6]",)),
+    "expert_mlp": (("f32[B, T, 6]", "i32[B, T, 2]", "f32[B, T, 2]", "i32[B]", "bf16[4, 10, 6]",
+                    "bf16[4, 6, 5]"),
+                   {"limit": 10.0}, ("f32[B, T, 6]",)),
+}  # fmt: skip
+
+WRONG_SHAPES = [
+    ("linear", 1, "f32[5, 7]"), ("grouped_linear", 1, "f32[11, 12]"), ("grouped_linear", 1, "f32[10, 13]"),
+    ("grouped_linear", 0, "f32[B, T, H, 6]"), ("rms_norm", 1, "f32[7]"), ("add", 1, "f32[B, T, 7]"),
+    ("split_heads", 0, "f32[B, T, 7]"), ("split_heads", 0, "f32[B, T, C]"), ("swiglu", 0, "f32[B, L, 6]"),
+    ("ring_write", 1, "f32[B, T, 7]"), ("entries_append", 1, "f32[B, T, 7]"), ("rotary", 1, "f32[B, L, 2]"),
+    ("rotary", 2, "f32[B, T, 1]"), ("rotary", 0, "f32[B, T, 3, 3]"), ("rotary", 0, "f32[B, T]"),
+    ("position_bias", 1, "f32[4, 7]"), ("compress", 1, "f32[B, T, 7]"), ("compress", 2, "f32[B, 4, 6]"),
+    ("compress", 3, "f32[B, 8, 7]"), ("index_scores", 1, "f32[B, T, 4]"),
+    ("index_scores", 2, "f32[B, ctx//4, 15]"),
+    ("index_select", 1, "f32[B, T, 4]"), ("attention", 1, "f32[B, L, 16]"), ("attention", 2, "f32[B, 8, 15]"),
+    ("attention", 3, "f32[4]"), ("attention", 6, "f32[B, ctx//4, 15]"), ("attention", 7, "i32[B, L, 5]"),
+    ("hc_mix", 1, "f32[8, 13]"), ("hc_mix", 1, "f32[9, 12]"), ("hc_mix", 0, "f32[B, T, n, 6]"),
+    ("hc_collapse", 1, "f32[B, T, 3]"), ("hc_expand", 1, "f32[B, T, 7]"), ("hc_expand", 3, "f32[B, T, 2, 3]"),
+    ("hc_head_mix", 1, "f32[3, 12]"), ("route_topk", 1, "f32[7]"), ("route_topk", 0, "f32[B, T, E]"),
+    ("scale_rows", 1, "f32[R.1]"), ("expert_mlp", 4, "bf16[4, 10, 7]"), ("expert_mlp", 5, "bf16[4, 6, 6]"),
+    ("expert_mlp", 5, "bf16[3, 6, 5]"),
+]  # fmt: skip
+
+WRONG_VALUES = [("route_topk", {"k": 7}), ("grouped_linear", {"groups": 3}), ("split_heads", {"heads": 4}),
+                ("compress", {"ratio": 8}), ("compress", {"overlap": False})]  # fmt: skip
+
+
+def make(name: str, types: tuple[str, ...], attrs: dict[str, Any]) -> Op:
+    builder = Builder(Module("m", Level.FUSED))
+    builder.loc = "here"
+    return builder.multi(name, *(builder.input(f"x{i}", parse_type(t)) for i, t in enumerate(types)), **attrs)
+
+
+def test_every_op_is_exercised_here() -> None:
+    assert {*VALID, "weight"} == set(OPS)
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_a_valid_use_gives_the_declared_results(name: str) -> None:
+    types, attrs, results = VALID[name]
+    assert tuple(str(v.type) for v in make(name, types, attrs).results) == results
+
+
+@pytest.mark.parametrize(("name", "index"), [(n, i) for n, use in VALID.items() for i in range(len(use[0]))])
+def test_an_operand_of_another_rank_is_refused(name: str, index: int) -> None:
+    """Element-wise ops and norms without a weight take any rank."""
+    if name in ("unit_norm", "scale", "clamp", "sqrt_softplus", "linear") and index == 0:
+        return
+    types, attrs, _ = VALID[name]
+    odd = [*types[:index], "f32[2, 3, 5, 7, 11]", *types[index + 1 :]]
+    with pytest.raises(IRError, match=rf"here: {name} "):
+        make(name, tuple(odd), attrs)
+
+
+@pytest.mark.parametrize(("name", "index", "type_"), WRONG_SHAPES)
+def test_a_shape_that_does_not_fit_is_refused(name: str, index: int, type_: str) -> None:
+    types, attrs, _ = VALID[name]
+    with pytest.raises(IRError, match=rf"here: {name} "):
+        make(name, (*types[:index], type_, *types[index + 1 :]), attrs)
+
+
+@pytest.mark.parametrize(("name", "change"), WRONG_VALUES)
+def test_an_attribute_that_does_not_fit_is_refused(name: str, change: dict[str, Any]) -> None:
+    types, attrs, _ = VALID[name]
+    with pytest.raises(IRError, match=rf"here: {name} "):
+        make(name, types, attrs | change)
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_too_few_and_too_many_operands_are_refused(name: str) -> None:
+    types, attrs, _ = VALID[name]
+    least, most = OPS[name].arity
+    for count in {0, least - 1} - {least}:
+        with pytest.raises(IRError, match=f"{name} takes {least}"):
+            make(name, types[:count], attrs)
+    if most is not None:
+        with pytest.raises(IRError, match="operands, got"):
+            make(name, (*types, "f32[B]"), attrs)
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_attributes_are_checked_by_name_and_kind(name: str) -> None:
+    types, attrs, _ = VALID[name]
+    with pytest.raises(IRError, match="has no attribute 'colour'"):
+        make(name, types, {**attrs, "colour": 1})
+    for declared in OPS[name].attrs:
+        rest = {k: v for k, v in attrs.items() if k != declared.name}
+        wrong = "text" if declared.kind.value != "str" else 3
+        with pytest.raises(IRError, match=f"{name}.{declared.name} = .* is mistyped"):
+            make(name, types, {**rest, declared.name: wrong})
+        if declared.default is None:
+            with pytest.raises(IRError, match=f"{name} needs attribute '{declared.name}'"):
+                make(name, types, rest)
+        else:
+            assert make(name, types[: OPS[name].arity[0]], rest).attrs[declared.name] == declared.default
+
+
+def test_optional_operands_may_be_left_out() -> None:
+    _, attrs, results = VALID["attention"]
+    for count in (6, 7, 8):
+        assert str(make("attention", ATTENTION[:count], attrs).result.type) == results[0]
+
+
+def test_a_weight_takes_the_type_of_its_expression() -> None:
+    builder = Builder(Module("m"))
+    value = builder.weight(w.source("a", DType.BF16, (3, 5)), "a.weight")
+    assert value.type == TensorType(DType.BF16, (3, 5))
+    assert value.producer is not None and value.producer.loc == "a.weight"
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def test_every_op_has_a_meaning() -> None:
+    assert [name for name in OPS if meaning_of(name) is None] == ["weight"]
+
+
+def test_op_names_are_those_of_their_declarations() -> None:
+    assert all(name == definition.name for name, definition in OPS.items())
+    assert all(definition.doc.endswith(".") for definition in OPS.values())
+
+
+def test_level_tables_name_ops_that_exist() -> None:
+    assert set(OPS) >= FUSED_ONLY
+    for name in OPS:
+        assert allows(Level.FUSED, name)
+        assert allows(Level.MODEL, name) == (name not in FUSED_ONLY)
+        assert allows(Level.TARGET, name, frozenset({name})) and not allows(Level.TARGET, name, frozenset())
+
+
+def test_consumed_operands_have_the_type_of_the_result() -> None:
+    consuming = {name: d.consumes for name, d in OPS.items() if d.consumes is not None}
+    assert consuming == {"advance": 0, "ring_write": 0, "entries_append": 0}
+    for name in consuming:
+        types, _, results = VALID[name]
+        assert types[0] == results[0]
