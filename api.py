@@ -55,9 +55,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Module:
 
 
 def evaluate(
-    module: Module, tokens: npt.ArrayLike, n_valid: npt.ArrayLike | None = None,
+    module: Module,
+    tokens: npt.ArrayLike,
+    n_valid: npt.ArrayLike | None = None,
     precision: npt.DTypeLike = np.float32,
-) -> npt.NDArray[Any]:  # fmt: skip
+) -> npt.NDArray[Any]:
     """The logits of a module by its meaning in NumPy, from a fresh state.
 
     Args:
@@ -78,9 +80,12 @@ def evaluate(
 
 
 def lower(
-    module: Module, target: str = "cpu", format: str = "tvm", passes: str | None = None,
+    module: Module,
+    target: str = "cpu",
+    format: str = "tvm",
+    passes: str | None = None,
     after: Callable[[Pass, Module], None] | None = None,
-) -> tuple[Module, list[PassRecord]]:  # fmt: skip
+) -> tuple[Module, list[PassRecord]]:
     """A copy of `module` at level TARGET, and what each pass did.
 
     Args:
@@ -98,18 +103,27 @@ def lower(
     for op in lowered.ops:
         if op.name not in chosen.ops:
             raise TargetError(
-                f"{op.name} is not legal here", where=f"{chosen.name}, {op.loc}", allowed=", ".join(sorted(chosen.ops)),
+                f"{op.name} is not legal here",
+                where=f"{chosen.name}, {op.loc}",
+                allowed=", ".join(sorted(chosen.ops)),
                 hint="run the target's own passes: " + chosen.format(format).passes,
-            )  # fmt: skip
+            )
     verify_module(lowered, chosen.ops)
     return lowered, records
 
 
 def compile(
-    source: str | os.PathLike[str] | Module, *, output: str | os.PathLike[str], target: str = "cpu",
-    numerics: str = "exact", format: str = "tvm", passes: str | None = None, golden: bool = True,
-    dump_ir: str | os.PathLike[str] | None = None, progress: Progress | None = None,
-) -> Path:  # fmt: skip
+    source: str | os.PathLike[str] | Module,
+    *,
+    output: str | os.PathLike[str],
+    target: str = "cpu",
+    numerics: str = "exact",
+    format: str = "tvm",
+    passes: str | None = None,
+    golden: bool = True,
+    dump_ir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Path:
     """Compile a checkpoint directory or a module into one artifact file.
 
     Args:
@@ -133,7 +147,9 @@ def compile(
     with ArtifactWriter(output) as writer:
         module = source if isinstance(source, Module) else load_checkpoint(source)
         if module.store is None:
-            raise CompileError("the module has no weights", where=module.name, hint="load it from a checkpoint")
+            raise CompileError(
+                "the module has no weights", where=module.name, hint="load it from a checkpoint"
+            )
         started = time.time()
         lowered, records = lower(module, target, format, passes, _dumper(module, dump_ir))
         form.load()(lowered, module.store, writer, arch, report)
@@ -142,11 +158,15 @@ def compile(
         if golden:
             _write_golden(module, writer, report)
         pipeline = passes if passes is not None else form.passes
-        _write_meta(module, lowered, writer, chosen, arch, form, numerics, pipeline, records, time.time() - started)
+        _write_meta(
+            module, lowered, writer, chosen, arch, form, numerics, pipeline, records, time.time() - started
+        )
     return Path(output)
 
 
-def _dumper(module: Module, directory: str | os.PathLike[str] | None) -> Callable[[Pass, Module], None] | None:
+def _dumper(
+    module: Module, directory: str | os.PathLike[str] | None
+) -> Callable[[Pass, Module], None] | None:
     if directory is None:
         return None
     root, count = Path(directory), [0]
@@ -168,13 +188,21 @@ def _check_packages(form: Format) -> None:
         if importlib.util.find_spec(name) is None:
             raise ToolchainError(
                 f"format {form.name} needs the package {package}", hint='pip install "dsv4c[compile]"'
-            )  # fmt: skip
+            )
 
 
 def _write_meta(
-    module: Module, lowered: Module, writer: ArtifactWriter, target: Target, arch: Arch, form: Format, numerics: str,
-    pipeline: str, records: list[PassRecord], seconds: float,
-) -> None:  # fmt: skip
+    module: Module,
+    lowered: Module,
+    writer: ArtifactWriter,
+    target: Target,
+    arch: Arch,
+    form: Format,
+    numerics: str,
+    pipeline: str,
+    records: list[PassRecord],
+    seconds: float,
+) -> None:
     states = {
         name: {"dtype": v.type.dtype.storage.name, "shape": [str(d) for d in v.type.shape]}
         for name, v in module.states.items()
@@ -186,20 +214,25 @@ def _write_meta(
     writer.set_meta("model", {"name": module.name, **module.meta})
     writer.set_meta("identity", _identity(module))
     writer.set_meta("step", {"states": states})
-    writer.set_meta("report", {
-        "pipeline": print_pipeline(parse_pipeline(pipeline)),
-        "passes": [vars(r) for r in records],
-        "ops": {"MODEL": len(module.ops), "TARGET": len(lowered.ops)},
-        "seconds": round(seconds, 3),
-        "compiled_on": platform.machine(),
-    })  # fmt: skip
+    writer.set_meta(
+        "report",
+        {
+            "pipeline": print_pipeline(parse_pipeline(pipeline)),
+            "passes": [vars(r) for r in records],
+            "ops": {"MODEL": len(module.ops), "TARGET": len(lowered.ops)},
+            "seconds": round(seconds, 3),
+            "compiled_on": platform.machine(),
+        },
+    )
 
 
 def _identity(module: Module) -> str:
     """A hash that equal checkpoints share: the graph and a sample of the weights' bytes."""
     assert module.store is not None
     digest = hashlib.sha256(print_module(module).encode())
-    sources = sorted({str(s.attr("name")) for op in module.weights() if op.weight for s in op.weight.sources()})
+    sources = sorted(
+        {str(s.attr("name")) for op in module.weights() if op.weight for s in op.weight.sources()}
+    )
     for name in sources[:: max(1, len(sources) // 64)]:
         digest.update(module.store.read(name).reshape(-1)[:1024].tobytes())
     return digest.hexdigest()
@@ -221,7 +254,9 @@ def _write_golden(module: Module, writer: ArtifactWriter, progress: Progress) ->
     for index, count in enumerate(GOLDEN_CALLS):
         progress("golden vectors", index, len(GOLDEN_CALLS))
         rows = np.arange(count)[None]
-        step = evaluator({"tokens": tokens[None, at : at + count], "n_valid": np.array([count]), "rows": rows}, state)
+        step = evaluator(
+            {"tokens": tokens[None, at : at + count], "n_valid": np.array([count]), "rows": rows}, state
+        )
         state, at = step.state, at + count
         logits.append(step.outputs["logits"][0])
     progress("golden vectors", len(GOLDEN_CALLS), len(GOLDEN_CALLS))

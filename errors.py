@@ -83,7 +83,9 @@ class SessionError(Dsv4cError):
     """A step or a saved session that does not fit the session's state."""
 
 
-def unknown(kind: str, name: str, known: Iterable[str], error: type[Dsv4cError], where: str = "") -> Dsv4cError:
+def unknown(
+    kind: str, name: str, known: Iterable[str], error: type[Dsv4cError], where: str = ""
+) -> Dsv4cError:
     """The error for a name that is not in a table; lists the known ones and the nearest."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)

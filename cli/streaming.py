@@ -43,27 +43,21 @@ class TextPrinter:
     """Decoded text up to the first stop text, which is not shown."""
 
     def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = ()) -> None:
-        self._tokenizer, self._decoder = tokenizer, StreamDecoder(tokenizer)
+        self._decoder = StreamDecoder(tokenizer)
         self._filter = StopFilter(stops)
-        self._ids: list[int] = []
-        self._decoded = 0
 
     @property
     def stopped(self) -> bool:
         return self._filter.hit
 
     def push(self, token: int) -> str:
-        self._ids.append(token)
-        text = self._decoder.push(token)
-        self._decoded += len(text)
-        return self._filter.push(text)
+        return self._filter.push(self._decoder.push(token))
 
     def finish(self) -> str:
         """What was held back: the beginning of a stop text, half a character."""
         if self.stopped:
             return ""
-        rest = self._tokenizer.decode(self._ids)[self._decoded :]
-        return self._filter.push(rest) + self._filter.finish()
+        return self._filter.push(self._decoder.flush()) + self._filter.finish()
 
 
 class StopFilter:

@@ -28,9 +28,12 @@ class Backend(Protocol):
     """What executes a step; one class per artifact format."""
 
     def step(
-        self, tokens: npt.NDArray[np.int32], n_valid: npt.NDArray[np.int32], rows: npt.NDArray[np.int32],
+        self,
+        tokens: npt.NDArray[np.int32],
+        n_valid: npt.NDArray[np.int32],
+        rows: npt.NDArray[np.int32],
         state: dict[str, npt.NDArray[Any]],
-    ) -> Logits: ...  # fmt: skip
+    ) -> Logits: ...
 
 
 class Session:
@@ -49,9 +52,12 @@ class Session:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | Artifact, batch: int = 1, context: int | None = None,
+        self,
+        path: str | os.PathLike[str] | Artifact,
+        batch: int = 1,
+        context: int | None = None,
         threads: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.artifact = path if isinstance(path, Artifact) else Artifact.open(path)
         self.model: dict[str, Any] = self.artifact.meta["model"]
         longest = int(self.model["max_positions"])
@@ -95,66 +101,93 @@ class Session:
         Raises:
             SessionError: wrong shape, ids outside the vocabulary, or no room left in the context.
         """
-        ids, valid = self._inputs(tokens, n_valid)
+        ids, valid = self._inputs(tokens, n_valid, "step")
         rows = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
         return self.backend.step(ids, valid, np.ascontiguousarray(rows), self.state)
 
     def _inputs(
-        self, tokens: npt.ArrayLike, n_valid: npt.ArrayLike | None
+        self, tokens: npt.ArrayLike, n_valid: npt.ArrayLike | None, where: str
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        ids = np.asarray(tokens)
+        try:
+            ids = np.asarray(tokens)
+        except ValueError:  # rows of different lengths
+            ids = np.empty(0, object)
         ids = ids[None] if ids.ndim == 1 and self.batch == 1 else ids
         if ids.ndim != 2 or ids.shape[0] != self.batch or not ids.shape[1] or ids.dtype.kind not in "iu":
             raise SessionError(
-                f"tokens are {ids.dtype}{list(ids.shape)}", where="step", allowed=f"integers [{self.batch}, T], T >= 1"
+                f"tokens are {ids.dtype}{list(ids.shape)}",
+                where="step",
+                allowed=f"integers [{self.batch}, T], T >= 1",
             )
         valid = np.full(self.batch, ids.shape[1]) if n_valid is None else np.asarray(n_valid)
         if valid.shape != (self.batch,) or valid.min() < 0 or valid.max() > ids.shape[1]:
-            raise SessionError(f"n_valid = {valid.tolist()}", where="step", allowed=f"[{self.batch}] of 0..{ids.shape[1]}")
+            raise SessionError(
+                f"n_valid = {valid.tolist()}", where="step", allowed=f"[{self.batch}] of 0..{ids.shape[1]}"
+            )
         real = np.arange(ids.shape[1]) < valid[:, None]
         vocab = int(self.model["vocab_size"])
         if real.any() and (ids[real].min() < 0 or ids[real].max() >= vocab):
-            raise SessionError("a token id is outside the vocabulary", where="step", allowed=f"0..{vocab - 1}")
+            raise SessionError(
+                "a token id is outside the vocabulary", where="step", allowed=f"0..{vocab - 1}"
+            )
         need = int((self.position + valid).max())
         if need > self.context:
             raise SessionError(
-                f"the context is full: {need} positions are needed", where="step", allowed=f"at most {self.context}",
+                f"the context is full: {need} positions are needed",
+                where="step",
+                allowed=f"at most {self.context}",
                 hint=f"open the session with a larger context, up to {self.model['max_positions']}",
-            )  # fmt: skip
+            )
         return np.where(real, ids, 0).astype(np.int32), valid.astype(np.int32)
 
     def prefill(
-        self, prompts: Sequence[Sequence[int]], chunk: int = DEFAULT_CHUNK,
+        self,
+        prompts: Sequence[Sequence[int]],
+        chunk: int = DEFAULT_CHUNK,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Logits:  # fmt: skip
-        """Feed prompts of any lengths in chunks; returns each one's last logits, float32 [B,vocab]."""
-        if len(prompts) != self.batch or not all(len(p) for p in prompts):
-            raise SessionError(
-                f"{len(prompts)} prompts of lengths {[len(p) for p in prompts]}", where="prefill",
-                allowed=f"{self.batch} prompts of at least one token",
-            )  # fmt: skip
+    ) -> Logits:
+        """Feed prompts of any lengths in chunks; returns each one's last logits, float32 [B,vocab].
+
+        A prompt that does not fit is refused before any of it is fed.
+        """
         if chunk < 1:
             raise UsageError(f"chunk = {chunk}", where="prefill", allowed="1 or more")
+        ids, lengths = self._prompts(prompts, "prefill")
         last = np.zeros((self.batch, int(self.model["vocab_size"])), np.float32)
-        longest = max(len(p) for p in prompts)
+        longest = ids.shape[1]
         for start in range(0, longest, chunk):
-            parts = [list(p[start : start + chunk]) for p in prompts]
-            width = max(len(p) for p in parts)
-            ids, valid = self._inputs([p + [0] * (width - len(p)) for p in parts], [len(p) for p in parts])
+            part = np.ascontiguousarray(ids[:, start : start + chunk])
+            valid = np.clip(lengths - start, 0, part.shape[1]).astype(np.int32)
             rows = np.maximum(valid - 1, 0)[:, None].astype(np.int32)
-            logits = self.backend.step(ids, valid, rows, self.state)[:, 0]
-            ends = np.array([start < len(p) <= start + chunk for p in prompts])
+            logits = self.backend.step(part, valid, rows, self.state)[:, 0]
+            ends = (start < lengths) & (lengths <= start + chunk)
             last[ends] = logits[ends]
             if progress:
                 progress(min(start + chunk, longest), longest)
         return last
 
+    def _prompts(
+        self, prompts: Sequence[Sequence[int]], where: str
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Prompts padded to one length, and their lengths; checked as a whole."""
+        lengths = [len(p) for p in prompts]
+        if len(prompts) != self.batch or not all(lengths):
+            raise SessionError(
+                f"{len(prompts)} prompts of lengths {lengths}", where=where,
+                allowed=f"{self.batch} prompts of at least one token",
+            )  # fmt: skip
+        longest = max(lengths)
+        return self._inputs([[*p, *[0] * (longest - len(p))] for p in prompts], lengths, where)
+
     # ----------------------------------------------------------------------- generation
 
     def stream(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, params: SamplingParams | None = None,
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        params: SamplingParams | None = None,
         chunk: int = DEFAULT_CHUNK,
-    ) -> Iterator[list[int | None]]:  # fmt: skip
+    ) -> Iterator[list[int | None]]:
         """Feed the prompts, then yield the next token of every row; None for rows that have stopped.
 
         A stop token is yielded, then its row ends. Stop tokens are the checkpoint's end-of-sequence ids
@@ -163,12 +196,14 @@ class Session:
         if max_new_tokens < 0:
             raise UsageError(f"max_new_tokens = {max_new_tokens}", where="generate", allowed="0 or more")
         params = params or SamplingParams()
-        room = self.context - int(self.position.max()) - max(len(p) for p in prompts)
+        room = self.context - int((self.position + self._prompts(prompts, "generate")[1]).max())
         if max_new_tokens > room + 1:
             raise SessionError(
-                f"{max_new_tokens} new tokens do not fit the context", where="generate", allowed=f"at most {max(room + 1, 0)}",
+                f"{max_new_tokens} new tokens do not fit the context",
+                where="generate",
+                allowed=f"at most {max(room + 1, 0)}",
                 hint="open the session with a larger context",
-            )  # fmt: skip
+            )
         sampler, stops = Sampler(params), {*self.model["eos"], *params.stop_ids}
         alive, logits = np.ones(self.batch, bool), self.prefill(prompts, chunk)
         for count in range(max_new_tokens):
@@ -180,11 +215,15 @@ class Session:
             valid = alive.astype(np.int32)
             rows = np.zeros((self.batch, 1), np.int32)
             logits = self.backend.step(picked.astype(np.int32)[:, None], valid, rows, self.state)[:, 0]
+            logits[~alive] = 0  # unspecified: the sampler must not trip over a row that has ended
 
     def generate(
-        self, ids: Sequence[int] | Sequence[Sequence[int]], max_new_tokens: int, params: SamplingParams | None = None,
+        self,
+        ids: Sequence[int] | Sequence[Sequence[int]],
+        max_new_tokens: int,
+        params: SamplingParams | None = None,
         chunk: int = DEFAULT_CHUNK,
-    ) -> list[Any]:  # fmt: skip
+    ) -> list[Any]:
         """The new tokens: a list for one prompt of ids, a list of lists for a list of prompts.
 
         Greedy unless `params` says otherwise. The session keeps its state, so a further call continues.
@@ -260,15 +299,17 @@ def _check_machine(artifact: Artifact) -> None:
         return
     if arch["machine"] != platform.machine():
         raise ArtifactError(
-            f"compiled for {arch['machine']}, this machine is {platform.machine()}", where=str(artifact.path),
+            f"compiled for {arch['machine']}, this machine is {platform.machine()}",
+            where=str(artifact.path),
             hint="compile with --target cpu on this machine",
-        )  # fmt: skip
+        )
     missing = sorted(set(arch["requires"]) - _cpu_flags()) if _cpu_flags() else []
     if missing:
         raise ArtifactError(
-            f"compiled for {arch['name']}, this CPU lacks {', '.join(missing)}", where=str(artifact.path),
+            f"compiled for {arch['name']}, this CPU lacks {', '.join(missing)}",
+            where=str(artifact.path),
             hint="compile with --target cpu:x86-64-v3 or cpu:x86-64-v2",
-        )  # fmt: skip
+        )
 
 
 def _cpu_flags() -> frozenset[str]:

@@ -27,16 +27,29 @@ def tokenizer_of(artifact: Artifact) -> Tokenizer:
 
 
 class StreamDecoder:
-    """Turns token ids into text as they come."""
+    """Turns token ids into text as they come; decodes a few tokens per call, however long the text is."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._ids, self._shown = tokenizer, [], ""  # type: ignore[var-annotated]
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._context, self._shown = 0, 0  # ids: where context begins, where new text begins
 
     def push(self, token: int) -> str:
         """The text that `token` adds; "" while a character is incomplete."""
         self._ids.append(token)
-        text: str = self._tokenizer.decode(self._ids)
-        if text.endswith("\ufffd"):
+        text = self._new()
+        if not text or text.endswith("\ufffd"):
             return ""
-        new, self._shown = text[len(self._shown) :], text
-        return new
+        self._context, self._shown = self._shown, len(self._ids)
+        return text
+
+    def flush(self) -> str:
+        """What was held back as the beginning of a character."""
+        text = self._new()
+        self._context = self._shown = len(self._ids)
+        return text
+
+    def _new(self) -> str:
+        before: str = self._tokenizer.decode(self._ids[self._context : self._shown])
+        after: str = self._tokenizer.decode(self._ids[self._context :])
+        return after[len(before) :]

@@ -50,15 +50,20 @@ class TvmBackend:
                 self._vm = self._library["vm_load_executable"]()
                 self._vm["vm_initialization"](_CPU, 0, _POOLED)
             except Exception as error:
-                raise ArtifactError(f"the compiled code does not load: {error}", where=str(artifact.path)) from error
+                raise ArtifactError(
+                    f"the compiled code does not load: {error}", where=str(artifact.path)
+                ) from error
         self._step = self._vm["step"]
         self._weights = [tvm_ffi.from_dlpack(artifact.array(n)) for n in artifact.meta["tvm"]["weights"]]
         self._bound: tuple[object, list[Any]] = (None, [])
 
     def step(
-        self, tokens: npt.NDArray[np.int32], n_valid: npt.NDArray[np.int32], rows: npt.NDArray[np.int32],
+        self,
+        tokens: npt.NDArray[np.int32],
+        n_valid: npt.NDArray[np.int32],
+        rows: npt.NDArray[np.int32],
         state: dict[str, npt.NDArray[Any]],
-    ) -> npt.NDArray[np.float32]:  # fmt: skip
+    ) -> npt.NDArray[np.float32]:
         """One step: tokens i32 [B,T], n_valid i32 [B], rows i32 [B,L] -> logits f32 [B,L,V].
 
         `state` is updated in place; its arrays must be 64-byte aligned.
@@ -77,9 +82,10 @@ def _load_runtime(artifact: Artifact) -> None:
         return
     if "tvm_runtime" not in artifact.sections:
         raise ArtifactError(
-            "it was cross-compiled and carries no TVM runtime", where=str(artifact.path),
+            "it was cross-compiled and carries no TVM runtime",
+            where=str(artifact.path),
             hint="build libtvm_runtime.so for this machine and put it on LD_PRELOAD",
-        )  # fmt: skip
+        )
     with tempfile.TemporaryDirectory(prefix="dsv4c-") as directory:
         path = Path(directory) / "libtvm_runtime.so"
         path.write_bytes(artifact.section("tvm_runtime"))

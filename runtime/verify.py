@@ -41,7 +41,9 @@ def verify(artifact: Artifact, threads: int | None = None) -> list[Check]:
         ArtifactError: the artifact was compiled without golden vectors.
     """
     if "golden" not in artifact.meta:
-        raise ArtifactError("has no golden vectors", where=str(artifact.path), hint="compile without --no-golden")
+        raise ArtifactError(
+            "has no golden vectors", where=str(artifact.path), hint="compile without --no-golden"
+        )
     tolerance = float(artifact.meta["golden"]["tolerance"])
     tokens = artifact.array("golden.tokens")
     session = Session(artifact, context=len(tokens), threads=threads)
@@ -50,10 +52,17 @@ def verify(artifact: Artifact, threads: int | None = None) -> list[Check]:
         logits.append(session.step(tokens[None, at : at + count])[0])
         at += count
     checks = [
-        Check(f"state {name}", difference(session.state[name], artifact.array(f"golden.state.{name}")), tolerance)
+        Check(
+            f"state {name}",
+            difference(session.state[name], artifact.array(f"golden.state.{name}")),
+            tolerance,
+        )
         for name in artifact.meta["step"]["states"]
     ]
-    return [*checks, Check("logits", difference(np.concatenate(logits), artifact.array("golden.logits")), tolerance)]
+    return [
+        *checks,
+        Check("logits", difference(np.concatenate(logits), artifact.array("golden.logits")), tolerance),
+    ]
 
 
 def difference(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:

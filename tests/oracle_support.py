@@ -101,7 +101,8 @@ def dequantise(stored: dict[str, tuple[str, Arr]]) -> dict[str, Arr]:
             continue
         if kind in ("I8", "F8_E4M3"):
             scale_kind, scale = stored[name.removesuffix("weight") + "scale"]
-            factor = np.exp2(scale.astype(np.float64) - 127) if scale_kind != "F32" else scale.astype(np.float64)
+            factor = scale.astype(np.float64)
+            factor = factor if scale_kind == "F32" else np.exp2(factor - 127)
             out[name] = (_fp4(raw, factor) if kind == "I8" else _fp8(raw, factor)).astype(np.float32)
         elif kind == "BF16":
             out[name] = (raw.astype("<u4") << 16).view("<f4")
@@ -148,7 +149,8 @@ LAYER = {
     },
 }  # fmt: skip
 TOP = {
-    "embed.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight", "norm.weight": "model.norm.weight",
+    "embed.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight",
+    "norm.weight": "model.norm.weight",
     **{f"hc_head_{x}": f"model.hc_head.hc_{x}" for x in ("fn", "base", "scale")},
 }  # fmt: skip
 

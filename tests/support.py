@@ -112,8 +112,10 @@ def assert_close(name: str, got: Arr, want: Arr, tolerance: float) -> None:
     if want.dtype.kind == "i":
         np.testing.assert_array_equal(got, want, err_msg=name)
         return
-    assert np.isfinite(got).all(), f"{name} holds {got[~np.isfinite(got)][:4]}"
-    span = max(float(np.ptp(want)), float(np.abs(want).max(initial=0)), 1e-30) if want.size else 1.0
+    known = ~np.isnan(want)
+    np.testing.assert_array_equal(~np.isnan(got), known, err_msg=f"{name}: NaN in other places")
+    got, want = got[known], want[known]
+    span = max(float(np.abs(want).max(initial=0)), 1e-30)
     worst = float(np.abs(got.astype(np.float64) - want).max(initial=0)) / span
     assert worst <= tolerance, f"{name} is off by {worst:.3g} of its range, allowed {tolerance:.3g}"
 
@@ -122,6 +124,15 @@ def valid_rows(n_valid: Arr, tokens: int) -> npt.NDArray[np.bool_]:
     """[B,T]: which tokens of a call are real."""
     mask: npt.NDArray[np.bool_] = np.arange(tokens)[None] < np.asarray(n_valid)[:, None]
     return mask
+
+
+def poison(array: Arr, n_valid: Arr) -> Arr:
+    """A copy of [B,T,...] whose padding is NaN and infinity."""
+    out = array.copy()
+    for b, count in enumerate(n_valid):
+        out[b, count:] = np.nan
+        out[b, count + 1 :: 2] = -np.inf
+    return out
 
 
 def ints(*values: int) -> Arr:

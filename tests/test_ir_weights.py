@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support import Arr, DictStore
 
 from dsv4c.errors import CompileError, IRError
 from dsv4c.ir import weights as w
@@ -11,7 +12,6 @@ from dsv4c.ir.dtypes import DType, f32_to_bf16
 from dsv4c.ir.lexer import Cursor
 from dsv4c.ir.text import parse_weight, print_weight
 from dsv4c.ir.weights import WEIGHT_OPS, WeightExpr, materialise, stream, values
-from support import Arr, DictStore
 
 F32, BF16 = DType.F32, DType.BF16
 STORE = DictStore()
@@ -86,7 +86,9 @@ CASES: dict[str, list[tuple[WeightExpr, Arr]]] = {
     ],
     "take": [(w.take(CUBE, 2), array("cube")[2])],
     "rows": [(w.rows(A, 1, 4), array("a")[1:4])],
-    "concat": [(w.concat((A, source("row", 1, 6), A2)), np.concatenate([array("a"), array("row"), array("a2")]))],
+    "concat": [
+        (w.concat((A, source("row", 1, 6), A2)), np.concatenate([array("a"), array("row"), array("a2")]))
+    ],
     "stack": [(w.stack((A, A2)), np.stack([array("a"), array("a2")]))],
     "transpose": [(w.transpose(CUBE), array("cube").transpose(0, 2, 1)), (w.transpose(A), array("a").T)],
     "reshape": [(w.reshape(CUBE, (2, 36)), array("cube").reshape(2, 36))],
@@ -146,7 +148,9 @@ def test_values_are_numbers_whatever_the_storage() -> None:
 @pytest.mark.parametrize("value", [1 + 2.0**-9, 2.0**-140, 3.0e38 * 1.13])
 def test_a_cast_that_would_change_a_value_names_the_tensor(value: float) -> None:
     fine = STORE.add("layers.7.attn.wq_a.weight", F32, np.array([1.0, value], np.float32))
-    with pytest.raises(CompileError, match=r"layers\.7\.attn\.wq_a\.weight: values of f32 do not fit bf16") as info:
+    with pytest.raises(
+        CompileError, match=r"layers\.7\.attn\.wq_a\.weight: values of f32 do not fit bf16"
+    ) as info:
         materialise(w.cast(w.reshape(fine, (1, 2)), BF16), STORE)
     assert "--weights f32" in info.value.hint
 

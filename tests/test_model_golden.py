@@ -1,14 +1,25 @@
 """The golden checkpoints against results of an independent evaluator in float64, in data/golden.
 
-Both have every layer kind, both routers, an MTP block that is read and not used, packed FP4 and FP8. "v4" has the
-released ratios and a prompt past two HCA entries; "v4_r16" a ratio of 16.
+Both have every layer kind, both routers, an MTP block that is read and not used, packed FP4 and FP8. "v4" has
+the released ratios and a prompt past two HCA entries; "v4_r16" a ratio of 16.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_model_harness import BETWEEN_CHUNKINGS, FORMATS, RUNNERS, TOLERANCE, Arr, Models, cuts, feed, stored, within
+from test_model_harness import (
+    BETWEEN_CHUNKINGS,
+    FORMATS,
+    RUNNERS,
+    TOLERANCE,
+    Arr,
+    Models,
+    cuts,
+    feed,
+    stored,
+    within,
+)
 
 from dsv4c.runtime import verify as runtime_verify
 from dsv4c.runtime.sampling import SamplingParams
@@ -51,7 +62,7 @@ def test_streams_after_every_block(models: Models, name: str, precision: type, t
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("how", RUNNERS)
 def test_the_prompt_however_it_is_fed(models: Models, name: str, how: str) -> None:
-    """Whole, token by token and cut at random: golden logits, the same decisions, and nearly the same numbers."""
+    """Whole, token by token and cut at random: golden logits, the same decisions, nearly the same numbers."""
     want, ids = golden(name)["logits"], golden(name)["input_ids"]
     whole = feed(models.run(name, how), ids, [len(ids)])
     within(whole, want, TOLERANCE, "whole")

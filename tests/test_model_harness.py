@@ -1,7 +1,7 @@
 """What the tests of whole models share: each artifact compiled once per run, and the comparison itself.
 
-Every way of running a model (the evaluator and one artifact per format) appears as a `Runner`: feed tokens, get
-the logits after each. The references are files; nothing here computes a result of its own.
+Every way of running a model (the evaluator and one artifact per format) appears as a `Runner`: feed tokens,
+get the logits after each. The references are files; nothing here computes a result of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TOLERANCE = 1e-4
 BETWEEN_CHUNKINGS = 1e-5
 
 TINY = PRESETS["tiny"] | {"max_position_embeddings": 1024, "index_n_heads": 16}
-"""With two index heads, both scores of an entry are often exactly zero, and transformers orders ties at will."""
+"""With two index heads, both scores of an entry are often exactly zero, and transformers leaves ties open."""
 
 GENERATED: dict[str, dict[str, Any]] = {
     # every layer kind, packed FP4 and FP8, YaRN, sizes that are no multiples of 16
@@ -43,9 +43,9 @@ GENERATED: dict[str, dict[str, Any]] = {
     # the released ratio, no YaRN, no hash layer, other groups, BF16 in the names of transformers
     "ratio128": {
         "config": TINY | {
-            "num_hidden_layers": 3, "compress_ratios": [128, 4, 0], "num_hash_layers": 0, "rope_scaling": None,
+            "num_hidden_layers": 3, "compress_ratios": [128, 4, 0], "num_hash_layers": 0,
             "num_attention_heads": 4, "head_dim": 32, "o_groups": 2, "hidden_size": 80, "sliding_window": 24,
-            "n_routed_experts": 6, "num_experts_per_tok": 3, "index_topk": 8,
+            "n_routed_experts": 6, "num_experts_per_tok": 3, "index_topk": 8, "rope_scaling": None,
         },
         "seed": 8, "style": "transformers", "dtype": "bf16",
     },
@@ -171,7 +171,9 @@ def feed(runner: Runner, ids: Arr, sizes: Sequence[int]) -> Arr:
     return np.concatenate([runner.step(ids[None, e - n : e])[0] for e, n in zip(ends, sizes, strict=True)])
 
 
-def feed_ragged(runner: Runner, rows: Sequence[Arr], calls: Sequence[Sequence[int]], pad: int = 0) -> list[Arr]:
+def feed_ragged(
+    runner: Runner, rows: Sequence[Arr], calls: Sequence[Sequence[int]], pad: int = 0
+) -> list[Arr]:
     """The logits of rows of different lengths; each call names how many tokens every row gets."""
     at, parts = np.zeros(len(rows), int), [[] for _ in rows]
     for counts in calls:

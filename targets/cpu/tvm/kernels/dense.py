@@ -145,8 +145,8 @@ def expert_hidden(experts: int, k: int, inner: int, topk: int, limit: float, bf1
     """First half of the expert MLP, on rows sorted by expert.
 
     X [B*S*topk+ROWS,k] from `expert_gather`; gates [B,S,topk]; order [B*S*topk] i32 (sorted row -> position
-    in the flat routing); starts [experts+1] i32; W [experts,panels,k,64] (32 rows of w1, then the same 32 of w3)
-    -> H [B*S*topk+ROWS, inner] = silu(min(g, L)) clamp(u, -L, L) gate.
+    in the flat routing); starts [experts+1] i32; W [experts,panels,k,64], 32 rows of w1, then 32 of w3,
+    of the same channels -> H [B*S*topk+ROWS, inner] = silu(min(g, L)) clamp(u, -L, L) gate.
     """
     panels, width, dtype = -(-inner // PAIR), 2 * PAIR, weight_dtype(bf16)
     vecs = width // LANES

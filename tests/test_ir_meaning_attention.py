@@ -1,15 +1,11 @@
-"""The evaluator against formulas worked out by hand, so that it is pinned by more than comparison."""
+"""Hyper-connections, attention, compressor and indexer of the evaluator against numbers worked out by hand."""
 
 from __future__ import annotations
 
 from math import cos, e, exp, log, sin, sqrt
 
 import numpy as np
-import pytest
-
-from dsv4c.errors import EvalError
-from dsv4c.ir.meaning import Evaluator
-from support import CTX, Arr, B, Case, L, T, ints
+from support import CTX, Arr, B, Case, T
 
 
 def value(case: Case, **inputs: object) -> Arr:
@@ -28,7 +24,9 @@ def close(found: Arr, want: object) -> None:
 def hyper(fn: Arr, base: Arr, scale: tuple[float, ...] = (1, 1, 1)) -> tuple[Arr, Arr, Arr]:
     c = Case()
     streams = c.f32("streams", B, T, 4, 1)
-    weights = (c.weight_of(n, np.asarray(v, np.float32)) for n, v in (("fn", fn), ("base", base), ("scale", scale)))
+    weights = (
+        c.weight_of(n, np.asarray(v, np.float32)) for n, v in (("fn", fn), ("base", base), ("scale", scale))
+    )
     outs = ("pre", "post", "comb")
     c.multi("hc_mix", streams, *weights, outs=outs, eps=1e-6, norm_eps=1e-6, iters=20)
     found = c.meaning({"streams": np.array([[[[1.0], [2.0], [2.0], [4.0]]]])})
@@ -49,7 +47,7 @@ def test_sinkhorn_vector_of_the_specification() -> None:
     base = np.concatenate([np.zeros(8), np.ravel(LOGITS)])
     pre, post, comb = hyper(np.zeros((24, 4)), base)
     np.testing.assert_allclose(comb, SINKHORN, atol=6e-7)
-    close(comb.sum(axis=0), [1, 1, 1, 1] - np.full(4, 1e-6) * comb.sum(axis=0))  # ends on columns
+    np.testing.assert_allclose(comb.sum(axis=0), np.full(4, 1 - 1e-6), atol=1e-8)  # ends on columns
     close(pre, np.full(4, 0.5 + 1e-6))
     close(post, np.ones(4))
 
@@ -94,8 +92,8 @@ def test_collapse_and_head() -> None:
 def attend(window: int, kv: list[float], ring: list[float], pos: int, **more: object) -> Arr:
     """One head of width 1 with q = 0: every visible key weighs 1 and the sink exp(log 3) = 3."""
     c = Case()
-    operands = [c.f32("q", B, T, 1, 1), c.f32("kv", B, T, 1), c.f32("ring", B, window, 1),
-                c.weight_of("sink", np.array([log(3)], np.float32)), c.i32("pos", B), c.i32("n_valid", B)]  # fmt: skip
+    operands = [c.f32("q", B, T, 1, 1), c.f32("kv", B, T, 1), c.f32("ring", B, window, 1)]
+    operands += [c.weight_of("sink", np.array([log(3)], np.float32)), c.i32("pos", B), c.i32("n_valid", B)]
     if "entries" in more:
         operands.append(c.f32("entries", B, CTX // 2, 1))
     if "selected" in more:
@@ -150,14 +148,18 @@ def test_rotary_turns_the_last_pairs() -> None:
     x = c.f32("x", B, T, 3)
     c.op("rotary", x, *cs, out="forward")
     c.op("rotary", x, *cs, out="back", inverse=True)
-    found = c.meaning({"x": np.array([[[9.0, 2.0, 5.0]]]), "cos": np.array([[[0.6]]]), "sin": np.array([[[0.8]]])})
+    found = c.meaning(
+        {"x": np.array([[[9.0, 2.0, 5.0]]]), "cos": np.array([[[0.6]]]), "sin": np.array([[[0.8]]])}
+    )
     close(found["forward"], [[[9, 2 * 0.6 - 5 * 0.8, 2 * 0.8 + 5 * 0.6]]])
     close(found["back"], [[[9, 2 * 0.6 + 5 * 0.8, -2 * 0.8 + 5 * 0.6]]])
 
 
 def test_rope_angles() -> None:
     c = Case()
-    c.multi("rope_angles", c.i32("p", B, T), c.weight_of("f", np.array([1, 0.5], np.float32)), outs=("cos", "sin"))
+    c.multi(
+        "rope_angles", c.i32("p", B, T), c.weight_of("f", np.array([1, 0.5], np.float32)), outs=("cos", "sin")
+    )
     found = c.meaning({"p": np.array([[0, 3]])})
     close(found["cos"], [[[1, 1], [cos(3), cos(1.5)]]])
     close(found["sin"], [[[0, 0], [sin(3), sin(1.5)]]])
@@ -195,7 +197,35 @@ def test_a_group_that_began_in_an_earlier_call_reads_the_ring() -> None:
     operands = [c.f32(n, B, rows, 1) for n, rows in (("kv", T), ("gate", T), ("kr", 2), ("gr", 2))]
     c.op("compress", *operands, c.i32("pos", B), c.i32("n_valid", B), ratio=2, overlap=False)
     zero = np.zeros((1, 2, 1))
-    ring = np.array([[[-99.0], [8.0]]])  # position 3 lies in slot 1
+    ring = np.array([[[8.0], [-99.0]]])  # position 2 lies in slot 0
     found = value(c, kv=[[[1.0], [2.0]]], gate=zero, kr=ring, gr=zero, pos=[3], n_valid=[1])
-    close(found[0, :, 0], [0])  # position 3 closes group 1 of positions 2 and 3: slot 0 holds position 2
+    close(found[0, :, 0], [(8 + 1) / 2])  # position 3 closes the group of 2 and 3; the padding closes nothing
 
+
+def test_position_bias_goes_round() -> None:
+    c = Case()
+    c.op("position_bias", c.f32("x", B, T, 1), c.weight_of("ape", np.array([[10], [20], [30]], np.float32)),
+         c.i32("pos", B))  # fmt: skip
+    close(value(c, x=[[[1.0], [2.0], [3.0]]], pos=[4]), [[[21], [32], [13]]])
+
+
+def test_index_scores_rectify_each_head() -> None:
+    c = Case()
+    operands = (c.f32("q", B, T, 2, 1), c.f32("w", B, T, 2), c.f32("keys", B, CTX // 2, 1))
+    c.op("index_scores", *operands, c.i32("pos", B), c.i32("n_valid", B), ratio=2)
+    found = value(c, q=[[[[1.0], [-1.0]]] * 3], w=[[[10.0, 100.0]] * 3], keys=[[[2.0], [-3.0]]], pos=[1],
+                  n_valid=[2])  # fmt: skip
+    close(found, [[[20, -np.inf], [20, -np.inf], [-np.inf, -np.inf]]])  # token 2 is padding
+    found = value(c, q=[[[[1.0], [-1.0]]]], w=[[[10.0, 100.0]]], keys=[[[2.0], [-3.0]]], pos=[3], n_valid=[1])
+    close(found, [[[20, 300]]])
+
+
+def test_index_topk_prefers_the_lower_id() -> None:
+    c = Case()
+    c.op("index_topk", c.f32("s", B, T, CTX), k=3)
+    low = -np.inf
+    scores = [[[1, 5, 5, 5, 5], [0.0, -0.0, 0.0, -0.0, 1], [low, 2, low, low, 3], [low] * 5]]
+    found = value(c, s=np.array(scores, float))
+    assert [set(row) for row in found[0]] == [{1, 2, 3}, {4, 0, 1}, {1, 4, -1}, {-1}]
+    assert found[0, 2].tolist()[-1] == -1, "missing ones stand at the end"
+    assert value(c, s=np.zeros((1, 1, 2))).tolist() == [[[0, 1, -1]]]  # fewer entries than k
