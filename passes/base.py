@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, ClassVar
 
 from dsv4c.errors import PassError, unknown
@@ -49,12 +49,18 @@ class Pass:
         for name, value in options.items():
             if name not in declared:
                 raise unknown("option", name, declared or ["none"], PassError, cls.name)
-            wanted = str(declared[name].type)
+            wanted = _type_name(declared[name])
             if type(value).__name__ != wanted and not (wanted == "float" and type(value) is int):
                 raise PassError(f"option {name} = {value!r} is mistyped", where=cls.name, allowed=wanted)
         for name, f in declared.items():
             if f.default is MISSING and name not in options:
-                raise PassError(f"option {name!r} is required", where=cls.name, allowed=str(f.type))
-        chosen: dict[str, Any] = {k: float(v) if str(declared[k].type) == "float" else v  # type: ignore[arg-type]
-                                  for k, v in options.items()}  # fmt: skip
+                raise PassError(f"option {name!r} is required", where=cls.name, allowed=_type_name(f))
+        chosen: dict[str, Any] = dict(options)
+        for name, value in chosen.items():
+            chosen[name] = float(value) if _type_name(declared[name]) == "float" else value
         return cls(**chosen)
+
+
+def _type_name(field: Field[Any]) -> str:
+    """The annotation as a word, whether its file postpones the evaluation of annotations or not."""
+    return field.type if isinstance(field.type, str) else field.type.__name__

@@ -116,25 +116,24 @@ class Session:
         if ids.ndim != 2 or ids.shape[0] != self.batch or not ids.shape[1] or ids.dtype.kind not in "iu":
             raise SessionError(
                 f"tokens are {ids.dtype}{list(ids.shape)}",
-                where="step",
+                where=where,
                 allowed=f"integers [{self.batch}, T], T >= 1",
             )
         valid = np.full(self.batch, ids.shape[1]) if n_valid is None else np.asarray(n_valid)
-        if valid.shape != (self.batch,) or valid.min() < 0 or valid.max() > ids.shape[1]:
+        counts = valid.shape == (self.batch,) and valid.dtype.kind in "iu"
+        if not counts or valid.min() < 0 or valid.max() > ids.shape[1]:
             raise SessionError(
-                f"n_valid = {valid.tolist()}", where="step", allowed=f"[{self.batch}] of 0..{ids.shape[1]}"
+                f"n_valid = {valid.tolist()}", where=where, allowed=f"[{self.batch}] of 0..{ids.shape[1]}"
             )
         real = np.arange(ids.shape[1]) < valid[:, None]
         vocab = int(self.model["vocab_size"])
         if real.any() and (ids[real].min() < 0 or ids[real].max() >= vocab):
-            raise SessionError(
-                "a token id is outside the vocabulary", where="step", allowed=f"0..{vocab - 1}"
-            )
+            raise SessionError("a token id is outside the vocabulary", where=where, allowed=f"0..{vocab - 1}")
         need = int((self.position + valid).max())
         if need > self.context:
             raise SessionError(
                 f"the context is full: {need} positions are needed",
-                where="step",
+                where=where,
                 allowed=f"at most {self.context}",
                 hint=f"open the session with a larger context, up to {self.model['max_positions']}",
             )
@@ -173,9 +172,10 @@ class Session:
         lengths = [len(p) for p in prompts]
         if len(prompts) != self.batch or not all(lengths):
             raise SessionError(
-                f"{len(prompts)} prompts of lengths {lengths}", where=where,
+                f"{len(prompts)} prompts of lengths {lengths}",
+                where=where,
                 allowed=f"{self.batch} prompts of at least one token",
-            )  # fmt: skip
+            )
         longest = max(lengths)
         return self._inputs([[*p, *[0] * (longest - len(p))] for p in prompts], lengths, where)
 

@@ -41,7 +41,7 @@ class TvmBackend:
         _load_runtime(artifact)
         configure = tvm_ffi.get_global_func("runtime.config_threadpool", allow_missing=True)
         if configure is not None:
-            configure(1, threads or os.cpu_count() or 1)
+            configure(1, threads or len(os.sched_getaffinity(0)))
         with tempfile.TemporaryDirectory(prefix="dsv4c-") as directory:
             path = Path(directory) / "step.so"
             path.write_bytes(artifact.section("code"))

@@ -1,4 +1,4 @@
-"""Hyper-connections, attention, compressor and indexer of the evaluator against numbers worked out by hand."""
+"""Hyper-connections, attention, compressor and indexer of the evaluator: numbers worked out by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels over single rows against their meaning: embedding, norms, maps, gathers, rotary, state positions."""
+"""Kernels over single rows against their meaning: embedding, norms, maps, gathers, rotary, state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 
 import numpy as np
 import pytest
-
 from support import B, Case, L, T, ints, normal, poison, valid_rows
 
 SIZES = [(1, 1), (1, 7), (2, 5), (3, 13), (1, 40)]
@@ -40,7 +39,11 @@ def test_elementwise(d: int, b: int, t: int) -> None:
 def test_padding_does_not_leak_into_other_rows() -> None:
     rng, n_valid = np.random.default_rng(0), ints(2, 0, 5)
     x = poison(normal(rng, 3, 5, 40), n_valid)
-    inputs = {"x": x, "y": poison(normal(rng, 3, 5, 40), n_valid), "rows": np.array([[0], [0], [4]], np.int32)}
+    inputs = {
+        "x": x,
+        "y": poison(normal(rng, 3, 5, 40), n_valid),
+        "rows": np.array([[0], [0], [4]], np.int32),
+    }
     with np.errstate(invalid="ignore"):
         found = elementwise(40).run(inputs)
         expected = elementwise(40).meaning(inputs)
@@ -52,7 +55,9 @@ def test_padding_does_not_leak_into_other_rows() -> None:
 
 def test_extremes_of_the_maps() -> None:
     """Neither exp overflows into a NaN nor does a large negative gate lose its sign."""
-    x = np.array([[[-1e30, -200.0, -90.0, -1e-30, 0.0, -0.0, 1e-30, 20.0, 90.0, 1e30, *([0.5] * 5)]]], np.float32)
+    x = np.array(
+        [[[-1e30, -200.0, -90.0, -1e-30, 0.0, -0.0, 1e-30, 20.0, 90.0, 1e30, *([0.5] * 5)]]], np.float32
+    )
     y = np.ones_like(x) * 2
     found = elementwise(15).run({"x": x, "y": y, "rows": np.zeros((1, 1), np.int32)})
     want = elementwise(15).meaning({"x": x, "y": y, "rows": np.zeros((1, 1), np.int32)})

@@ -81,8 +81,8 @@ def index_select(heads: int, d: int, ratio: int, k: int):
                                         + T.max(acc[i * LANES + j], T.float32(0)) * W[b, t, g * LANES + j]
                                     )
                         for i in T.serial(T.min(KEYS, n[0] - blk * KEYS)):
-                            # adding 0 turns -0.0 into 0.0, which must tie
-                            score[blk * KEYS + i] = ordered(T.reinterpret("uint32", total[i] + T.float32(0)))
+                            # a sum that starts at 0.0 is never -0.0, so both zeros tie
+                            score[blk * KEYS + i] = ordered(T.reinterpret("uint32", total[i]))
                     state[0] = k
                     prefix[0] = T.uint32(0)
                     for step in T.serial(4):
