@@ -32,6 +32,7 @@ class Oracle:
     def __init__(self, model: DeepseekV4ForCausalLM) -> None:
         self.model = model.float().eval()
         self.model.config._attn_implementation = "eager"
+        self.model.config._experts_implementation = "eager"  # the others want sizes to be multiples of 4
 
     @classmethod
     def open(cls, directory: Path) -> Oracle:

@@ -54,9 +54,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
                    "moe_intermediate_size": 19, "index_head_dim": 18, "sliding_window": 13,
                    "n_routed_experts": 7, "num_experts_per_tok": 3, "index_topk": 5},
     },
-    "everything is rotated, clamped, one token in sight": {
+    "everything is rotated, clamped, two tokens in sight": {
         "config": {**SMALL, "qk_rope_head_dim": 32, "head_dim": 32, "index_head_dim": 32, "swiglu_limit": 0.5,
-                   "sliding_window": 1, "index_topk": 1, "n_routed_experts": 33, "num_experts_per_tok": 6},
+                   "sliding_window": 2, "index_topk": 1, "n_routed_experts": 33, "num_experts_per_tok": 6},
     },
     "other hyper-connections and scales": {
         "dtype": "bf16",
