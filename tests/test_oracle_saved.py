@@ -51,7 +51,7 @@ def test_the_same_model_comes_back(tmp_path: Path, name: str, dtype: str, option
 
 
 def test_initial_weights_of_the_library(tmp_path: Path) -> None:
-    """A model as the constructor leaves it: tables of zeros are refused, all else would load."""
+    """A model as the constructor leaves it; without hash layers, whose tables would be all zero."""
     import torch
     from oracle_support import Oracle, library_config
     from transformers import DeepseekV4ForCausalLM

@@ -128,12 +128,20 @@ class Artifact:
                 where=str(self.path),
                 hint="copy it again from its source, or compile it again",
             )
+        if isinstance(entry, SectionEntry):
+            _release(self._map, entry.offset, entry.nbytes)
 
     def _verify_padding(self, padding: list[tuple[int, int]]) -> None:
         """Padding must be zero, so that no byte of the file escapes the checks."""
         for start, end in padding:
             if any(self._map[start:end]):
                 raise ArtifactError(f"padding at byte {start} is not zero", where=str(self.path))
+
+
+def _release(mapped: mmap.mmap, offset: int, size: int) -> None:
+    """Let go of the pages of a section, which is read once or never again; they stay in the page cache."""
+    if hasattr(mmap, "MADV_DONTNEED") and size and offset % mmap.PAGESIZE == 0:
+        mapped.madvise(mmap.MADV_DONTNEED, offset, size)
 
 
 def _map_file(path: Path) -> mmap.mmap:
