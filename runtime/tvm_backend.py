@@ -38,10 +38,13 @@ class TvmBackend:
 
     def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
         self.artifact = artifact
+        cores = len(os.sched_getaffinity(0))
+        # The pool is sized once per process, from this variable; by itself TVM takes half the cores of an x86.
+        os.environ.setdefault("TVM_NUM_THREADS", str(max(cores, threads or 1)))
         _load_runtime(artifact)
         configure = tvm_ffi.get_global_func("runtime.config_threadpool", allow_missing=True)
         if configure is not None:
-            configure(1, threads or len(os.sched_getaffinity(0)))
+            configure(1, threads or cores)
         with tempfile.TemporaryDirectory(prefix="dsv4c-") as directory:
             path = Path(directory) / "step.so"
             path.write_bytes(artifact.section("code"))
