@@ -39,7 +39,7 @@ class TvmBackend:
     def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
         self.artifact = artifact
         cores = len(os.sched_getaffinity(0))
-        # The pool is sized once per process, from this variable; left alone, TVM takes half of an x86's cores.
+        # The pool is sized once per process, from this variable; by default it is half of the cores.
         os.environ.setdefault("TVM_NUM_THREADS", str(max(cores, threads or 1)))
         _load_runtime(artifact)
         configure = tvm_ffi.get_global_func("runtime.config_threadpool", allow_missing=True)
