@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dsv4c.errors import CompileError, PassError, TargetError, ToolchainError, UsageError
+from dsv4c.errors import CompileError, TargetError, ToolchainError, UsageError
 from dsv4c.frontend.checkpoint import open_checkpoint
 from dsv4c.frontend.model import build_model
 from dsv4c.ir.clone import clone
@@ -272,4 +272,4 @@ def _add(writer: ArtifactWriter, name: str, array: npt.NDArray[Any]) -> None:
     writer.add_tensor(name, dtype, array.shape, [np.ascontiguousarray(array)])
 
 
-__all__ = ["PassError", "compile", "evaluate", "load_checkpoint", "lower"]
+__all__ = ["compile", "evaluate", "load_checkpoint", "lower"]

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 from dsv4c.errors import EvalError, ParseError
 
-DimLike = "int | Dim"
-
 
 @dataclass(frozen=True)
 class Dim:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -319,8 +318,3 @@ def _cpu_flags() -> frozenset[str]:
         return frozenset()
     line = next((x for x in text.splitlines() if x.startswith(("flags", "Features"))), "")
     return frozenset(line.partition(":")[2].split())
-
-
-def describe(artifact: Artifact) -> str:
-    """The manifest's meta as JSON text, for messages and `inspect`."""
-    return json.dumps(artifact.meta, indent=2, sort_keys=True)
