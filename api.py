@@ -100,15 +100,16 @@ def lower(
     lowered = clone(module)
     records = run_pipeline(lowered, pipeline, after)
     lowered.level = Level.TARGET
+    legal = chosen.legal(format)
     for op in lowered.ops:
-        if op.name not in chosen.ops:
+        if op.name not in legal:
             raise TargetError(
                 f"{op.name} is not legal here",
                 where=f"{chosen.name}, {op.loc}",
-                allowed=", ".join(sorted(chosen.ops)),
+                allowed=", ".join(sorted(legal)),
                 hint="run the target's own passes: " + chosen.format(format).passes,
             )
-    verify_module(lowered, chosen.ops)
+    verify_module(lowered, legal)
     return lowered, records
 
 

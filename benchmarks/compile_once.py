@@ -33,7 +33,7 @@ def main() -> None:
     passes = None
     if storage == "f32" and format_ == "tvm":
         passes = (
-            "merge_common_subexpressions,fuse_swiglu,fuse_index_select,fuse_experts,"
+            "merge_common_subexpressions,fuse_swiglu,fuse_index_select,fuse_expert_gemms,"
             + 'narrow_weights{storage="f32"}'
         )
     try:

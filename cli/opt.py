@@ -85,7 +85,7 @@ OPT = Command(
     about="Parse IR text, run a pipeline of passes over it, and print what they leave. Without passes the\n"
     "text is checked and printed in its canonical form.",
     examples=(
-        'dsv4c opt 00-model.ir -p "fuse_swiglu,fuse_experts"',
+        'dsv4c opt 00-model.ir -p "fuse_swiglu,fuse_expert_gemms"',
         "dsv4c opt 00-model.ir -p 'narrow_weights{storage=\"f32\"}' -o out.ir",
         "dsv4c opt 00-model.ir",
     ),

@@ -8,8 +8,9 @@ from .graph import Module, Op, Value
 def clone(module: Module) -> Module:
     """A deep copy of values and ops; weight expressions are immutable and shared."""
     copy = Module(
-        module.name, module.level, meta=dict(module.meta), store=module.store, assets=dict(module.assets)
-    )
+        module.name, module.level, meta=dict(module.meta), store=module.store, assets=dict(module.assets),
+        notes=dict(module.notes),
+    )  # fmt: skip
     values: dict[Value, Value] = {}
     for arguments, target in ((module.inputs, copy.inputs), (module.states, copy.states)):
         for name, value in arguments.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import networkx as nx
 
@@ -140,6 +141,7 @@ class Module:
         meta: facts of the checkpoint that the runtime needs (JSON values).
         store: where the weights' bytes come from; None for graphs read from text.
         assets: files that travel into the artifact unchanged, such as the tokenizer.
+        notes: what passes tell the report, by the name of the pass (JSON values); no part of the text.
     """
 
     name: str
@@ -151,6 +153,7 @@ class Module:
     meta: dict[str, object] = field(default_factory=dict)
     store: TensorStore | None = None
     assets: dict[str, bytes] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self) -> dict[str, Value]:
         return {**self.inputs, **self.states}

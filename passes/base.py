@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, Field, dataclass, fields
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from dsv4c.errors import PassError, unknown
@@ -12,6 +13,39 @@ from dsv4c.ir.levels import Level
 
 KEEP = None
 """As `gives`: the level stays what it was."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a pass may do to the results of a step; `--verify-passes` holds it to that.
+
+    Attributes:
+        tolerance: the largest change of any output or state, relative to the range of its values, when both
+            graphs are evaluated in float64. It covers a changed order of sums, not a changed rounding.
+        changes: outputs and states that are meant to change, as file name patterns (`*` is all of them).
+        measure: how that change is measured and where it is reported; required with `changes`.
+        vocabulary: the token ids for which the promise holds; None is all of them.
+    """
+
+    tolerance: float = 1e-9
+    changes: tuple[str, ...] = ()
+    measure: str = ""
+    vocabulary: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.changes and not self.measure:
+            raise PassError(
+                f"an effect changes {', '.join(self.changes)} without a measure",
+                allowed="measure: how the change is measured, in words",
+            )
+
+    def keeps(self, name: str) -> bool:
+        """Whether output or state `name` must stay within `tolerance`."""
+        return not any(fnmatchcase(name, pattern) for pattern in self.changes)
+
+
+EXACT = Effect()
+"""Nothing changes but the order of sums."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +67,10 @@ class Pass:
     def run(self, module: Module) -> int:
         """Change `module` in place; returns how many places changed."""
         raise NotImplementedError
+
+    def effect(self) -> Effect:
+        """What the pass, with these options, may do to results."""
+        return EXACT
 
     def __str__(self) -> str:
         options = [f"{f.name}={print_attr(getattr(self, f.name))}" for f in fields(self)]

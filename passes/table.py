@@ -5,7 +5,7 @@ from __future__ import annotations
 from .base import Pass
 from .cleanup import EliminateDeadCode, MergeCommonSubexpressions
 from .fuse_elementwise import FuseIndexSelect, FuseSwiglu
-from .fuse_experts import FuseExperts
+from .fuse_expert_gemms import FuseExpertGemms
 from .narrow_weights import NarrowWeights
 
 PASSES: dict[str, type[Pass]] = {
@@ -15,7 +15,7 @@ PASSES: dict[str, type[Pass]] = {
         MergeCommonSubexpressions,
         FuseSwiglu,
         FuseIndexSelect,
-        FuseExperts,
+        FuseExpertGemms,
         NarrowWeights,
     )
 }

@@ -44,12 +44,14 @@ class Format:
         passes: the pipeline from MODEL to TARGET, as text.
         packages: import name -> what to install, looked for before any long work.
         load: imports the emitter; late, because it needs those packages.
+        extra_ops: ops that this format's emitter takes beyond the target's own.
     """
 
     name: str
     passes: str
     packages: Mapping[str, str]
     load: Callable[[], Emitter]
+    extra_ops: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class Target:
             if arch.name == name:
                 return arch
         raise unknown("arch", name, [a.name for a in self.archs], TargetError, self.name)
+
+    def legal(self, format: str) -> frozenset[str]:
+        """The ops that may reach the emitter of a format."""
+        return self.ops | self.format(format).extra_ops
 
     def format(self, name: str) -> Format:
         for candidate in self.formats:

@@ -252,7 +252,7 @@ def test_inspect_artifact(dsv4c: Call, built: Built) -> None:
     assert facts["states"]["buffers"]["layers.1.entries"]["bytes"] == 32 * 40 * 4
     assert facts["weights"]["bytes"] == Artifact.open(built.bare).weight_bytes
     text = ok(dsv4c("inspect", built.artifact))
-    assert "at context 512" in text and "fuse_experts" in text and "tokenizer" in text
+    assert "at context 512" in text and "fuse_expert_gemms" in text and "tokenizer" in text
     assert "golden vectors\n  none" in ok(dsv4c("inspect", built.bare))
 
 
@@ -335,7 +335,7 @@ def test_opt_round_trip(dsv4c: Call, built: Built, tmp_path: Path) -> None:
     fused = ok(dsv4c("opt", dumps[0], "-p", "merge_common_subexpressions,fuse_swiglu"))
     assert fused == dumps[2].read_text()
     out = tmp_path / "out.ir"
-    rest = 'fuse_index_select,fuse_experts,narrow_weights{storage="auto"}'
+    rest = 'fuse_index_select,fuse_expert_gemms,narrow_weights{storage="auto"}'
     assert ok(dsv4c("opt", dumps[2], "-p", rest, "-o", out)) == ""
     assert out.read_text() == dumps[-1].read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["out.ir"]

@@ -85,7 +85,7 @@ BAD = [
     ("opt {config}", "config.json"),
     ("opt {artifact}", "is not UTF-8 text"),
     ("opt {model} -p fuse", "unknown pass 'fuse'"),
-    ("opt {model} -p fuse_experts", "does not take level MODEL; allowed: FUSED"),
+    ("opt {model} -p fuse_expert_gemms", "does not take level MODEL; allowed: FUSED"),
     ("opt {model} -o {directory}", "the output is a directory"),
     ("opt {model} -o /proc/out.ir", "cannot be written"),
     ("targets cpu", "unrecognized arguments: cpu"),

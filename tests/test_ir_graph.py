@@ -63,7 +63,7 @@ def test_a_clone_prints_the_same_and_shares_no_value(tiny_model: Module) -> None
         copy.store is tiny_model.store and copy.meta == tiny_model.meta and copy.meta is not tiny_model.meta
     )
     before = print_module(tiny_model)
-    run_pipeline(copy, parse_pipeline("fuse_swiglu,fuse_index_select,fuse_experts"))
+    run_pipeline(copy, parse_pipeline("fuse_swiglu,fuse_index_select,fuse_expert_gemms"))
     assert print_module(tiny_model) == before != print_module(copy)
     verify(tiny_model)
 

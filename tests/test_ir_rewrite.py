@@ -10,7 +10,7 @@ from dsv4c.ir.rewrite import Bindings, Pat, Rule, any_, apply_rules, explain, ma
 from dsv4c.ir.types import f32
 from dsv4c.ir.verify import verify
 from dsv4c.passes.fuse_elementwise import CLAMPED_SWIGLU, INDEX_SELECT
-from dsv4c.passes.fuse_experts import recognise
+from dsv4c.passes.fuse_expert_gemms import recognise
 
 
 def scaled(*factors: float) -> tuple[Module, Builder, Value]:

@@ -24,7 +24,7 @@ from dsv4c.ir.levels import Level
 from dsv4c.ir.meaning import Evaluator
 from dsv4c.ir.weights import WeightExpr, source
 from dsv4c.passes.fuse_elementwise import FuseIndexSelect, FuseSwiglu
-from dsv4c.passes.fuse_experts import FuseExperts
+from dsv4c.passes.fuse_expert_gemms import FuseExpertGemms
 from dsv4c.runtime.container import Artifact, ArtifactWriter
 from dsv4c.runtime.onnx_backend import OnnxBackend
 from dsv4c.targets.cpu.onnx import emit_onnx
@@ -77,8 +77,8 @@ class Built:
         self.judge = Evaluator(model(config, tensors), self.store, np.float64)
         lowered = model(config, tensors)
         lowered.level = Level.FUSED
-        for made in (FuseSwiglu().run(lowered), FuseIndexSelect().run(lowered), FuseExperts().run(lowered)):
-            assert made
+        for one in (FuseSwiglu(), FuseIndexSelect(), FuseExpertGemms()):
+            assert one.run(lowered)
         lowered.level = Level.TARGET
         self.progress: list[tuple[str, int, int]] = []
         with ArtifactWriter(self.path) as writer:

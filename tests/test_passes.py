@@ -122,11 +122,11 @@ def test_records_and_callback() -> None:
 
 def test_levels_are_checked_and_set() -> None:
     m = small()
-    with pytest.raises(PassError, match="fuse_experts: does not take level MODEL; allowed: FUSED"):
-        run_pipeline(m, parse_pipeline("fuse_experts"))
+    with pytest.raises(PassError, match="fuse_expert_gemms: does not take level MODEL; allowed: FUSED"):
+        run_pipeline(m, parse_pipeline("fuse_expert_gemms"))
     run_pipeline(m, parse_pipeline("merge_common_subexpressions"))
     assert m.level is Level.MODEL, "None as `gives` keeps the level"
-    run_pipeline(m, parse_pipeline("fuse_swiglu,fuse_experts"))
+    run_pipeline(m, parse_pipeline("fuse_swiglu,fuse_expert_gemms"))
     assert m.level is Level.FUSED
 
 

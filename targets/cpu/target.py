@@ -28,7 +28,7 @@ OPS = frozenset({
 })  # fmt: skip
 """What may reach an emitter; experts are grouped and index scores are never kept."""
 
-_FUSE = "merge_common_subexpressions,fuse_swiglu,fuse_index_select,fuse_experts"
+_FUSE = "merge_common_subexpressions,fuse_swiglu,fuse_index_select,fuse_expert_gemms"
 
 
 def host_arch() -> str:

@@ -28,10 +28,10 @@ class _Expert:
 
 
 @dataclass(frozen=True)
-class FuseExperts(Pass):
+class FuseExpertGemms(Pass):
     """Each dispatch whose experts are all clamped SwiGLU MLPs of one shape becomes an `expert_mlp`; exact."""
 
-    name: ClassVar[str] = "fuse_experts"
+    name: ClassVar[str] = "fuse_expert_gemms"
     doc: ClassVar[str] = "merge the experts of a layer into one grouped MLP"
     takes: ClassVar[frozenset[Level]] = frozenset({Level.FUSED})
     gives: ClassVar[Level | None] = Level.FUSED
