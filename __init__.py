@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dsv4c.api import compile, evaluate, load_checkpoint
+    from dsv4c.api import compile, evaluate, export, load_checkpoint
     from dsv4c.runtime import Artifact, SamplingParams, Session
 
-__all__ = ["Artifact", "SamplingParams", "Session", "compile", "evaluate", "load_checkpoint"]
+__all__ = ["Artifact", "SamplingParams", "Session", "compile", "evaluate", "export", "load_checkpoint"]
 
 _HOME = {
-    "compile": "dsv4c.api", "evaluate": "dsv4c.api", "load_checkpoint": "dsv4c.api",
+    "compile": "dsv4c.api", "evaluate": "dsv4c.api", "export": "dsv4c.api", "load_checkpoint": "dsv4c.api",
     "Artifact": "dsv4c.runtime", "SamplingParams": "dsv4c.runtime", "Session": "dsv4c.runtime",
 }  # fmt: skip
 

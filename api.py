@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
-import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ import numpy.typing as npt
 
 from dsv4c.errors import CompileError, TargetError, ToolchainError, UsageError
 from dsv4c.frontend.checkpoint import open_checkpoint
+from dsv4c.frontend.engram_layer import MODEL_TYPE as ENGRAM_LAYER
+from dsv4c.frontend.engram_layer import load_engram_layer
+from dsv4c.frontend.export import Exported, export_checkpoint
 from dsv4c.frontend.model import build_model
 from dsv4c.ir.clone import clone
 from dsv4c.ir.graph import Module
@@ -26,32 +30,58 @@ from dsv4c.ir.levels import Level
 from dsv4c.ir.meaning import Evaluator
 from dsv4c.ir.text import print_module
 from dsv4c.ir.verify import verify as verify_module
-from dsv4c.passes import Pass, PassRecord, parse_pipeline, print_pipeline, run_pipeline
+from dsv4c.passes import Pass, PassRecord, known_passes, parse_pipeline, print_pipeline, run_pipeline
+from dsv4c.passes.check import ResultCheck
 from dsv4c.runtime.container import ArtifactWriter
-from dsv4c.targets import Arch, Format, Target, parse_target
+from dsv4c.targets import Format, parse_target
+from dsv4c.targets.golden import write_golden
+from dsv4c.targets.report import compile_report
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
 
-GOLDEN_CALLS = (17, 1, 1, 1, 8)
-"""How the golden prompt is cut into calls: a chunk, single tokens, and a chunk after them."""
+Passes = str | Sequence[Pass | str] | None
+Plugins = Sequence[str | os.PathLike[str]]
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Module:
     """Read a DeepSeek-V4 checkpoint directory, in any of its spellings, into a MODEL-level module.
 
-    Weights stay on disk as lazy expressions.
+    Weights stay on disk as lazy expressions. A directory that holds a single Engram layer gives that layer.
 
     Raises:
         ConfigError, CheckpointError: what is wrong with the directory.
     """
+    if _model_type(Path(path)) == ENGRAM_LAYER:
+        return load_engram_layer(Path(path))
     checkpoint = open_checkpoint(Path(path))
     module = build_model(checkpoint.config, checkpoint.weight)
     module.store = checkpoint.files
+    module.assets["config"] = (Path(path) / "config.json").read_bytes()
     if checkpoint.tokenizer_path is not None:
         module.assets["tokenizer"] = checkpoint.tokenizer_path.read_bytes()
     verify_module(module)
     return module
+
+
+def _model_type(path: Path) -> object:
+    """What config.json calls itself; None where it does not say, which is complained about later."""
+    try:
+        raw = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return raw.get("model_type") if isinstance(raw, dict) else None
+
+
+def export(
+    module: Module, directory: str | os.PathLike[str], source: str | os.PathLike[str] | None = None
+) -> Exported:
+    """Write a MODEL-level module, e.g. one whose experts were pruned, as a checkpoint; see `frontend.export`.
+
+    Args:
+        source: the directory it came from, for what the graph does not hold: MTP blocks and companion files.
+    """
+    return export_checkpoint(module, directory, open_checkpoint(Path(source)) if source is not None else None)
 
 
 def evaluate(
@@ -79,26 +109,63 @@ def evaluate(
     return logits[0] if ids.ndim == 1 else logits
 
 
+@dataclass(frozen=True)
+class Lowered:
+    """A module at level TARGET and how it came about.
+
+    Attributes:
+        module: the result, a copy; the module it came from is unchanged.
+        reference: what the artifact is held to: the graph as the last pass that changes results left it, or
+            the original where none does.
+        model: the graph after the last pass that left it at level MODEL, which `export` can write.
+        pipeline: the passes that ran.
+        records: what each of them did.
+    """
+
+    module: Module
+    reference: Module
+    model: Module
+    pipeline: tuple[Pass, ...]
+    records: list[PassRecord]
+
+
 def lower(
     module: Module,
     target: str = "cpu",
     format: str = "tvm",
-    passes: str | None = None,
+    passes: Passes = None,
+    plugins: Plugins = (),
+    verify_passes: bool = False,
     after: Callable[[Pass, Module], None] | None = None,
-) -> tuple[Module, list[PassRecord]]:
-    """A copy of `module` at level TARGET, and what each pass did.
+) -> Lowered:
+    """Take a copy of `module` to level TARGET.
 
     Args:
-        passes: a pipeline instead of the target's own.
+        passes: replaces or edits the target's own pipeline, see `passes.parse_pipeline`; or a sequence of
+            such texts and of passes.
+        plugins: files that define passes.
+        verify_passes: evaluate the graph around every pass and stop at the first that changes a result
+            beyond what it declares.
         after: called after every pass.
 
     Raises:
+        PassError: see `passes.run_pipeline`.
         TargetError: the result holds an op that the target declares illegal.
     """
     chosen, _ = parse_target(target)
-    pipeline = parse_pipeline(passes if passes is not None else chosen.format(format).passes)
-    lowered = clone(module)
-    records = run_pipeline(lowered, pipeline, after)
+    pipeline = choose_pipeline(chosen.format(format), passes, plugins)
+    lowered, reference, model = clone(module), [module], [module]
+
+    def then(p: Pass, left: Module) -> None:
+        if p.effect().changes:
+            reference[0] = clone(left)
+        if left.level is Level.MODEL:
+            model[0] = clone(left)
+        if after:
+            after(p, left)
+
+    check = ResultCheck(lowered) if verify_passes else None
+    records = run_pipeline(lowered, pipeline, then, check)
     lowered.level = Level.TARGET
     legal = chosen.legal(format)
     for op in lowered.ops:
@@ -110,7 +177,23 @@ def lower(
                 hint="run the target's own passes: " + chosen.format(format).passes,
             )
     verify_module(lowered, legal)
-    return lowered, records
+    return Lowered(lowered, reference[0], model[0], pipeline, records)
+
+
+def choose_pipeline(form: Format, passes: Passes = None, plugins: Plugins = ()) -> tuple[Pass, ...]:
+    """The passes to run: a format's own, or what the user makes of them.
+
+    Raises:
+        PassError, ParseError: the text, an option or a plugin is wrong.
+    """
+    known = known_passes(plugins)
+    own = parse_pipeline(form.passes, known)
+    if passes is None or isinstance(passes, str):
+        return own if passes is None else parse_pipeline(passes, known, own)
+    out: list[Pass] = []
+    for item in passes:
+        out += parse_pipeline(item, known, own) if isinstance(item, str) else (item,)
+    return tuple(out)
 
 
 def compile(
@@ -120,7 +203,9 @@ def compile(
     target: str = "cpu",
     numerics: str = "exact",
     format: str = "tvm",
-    passes: str | None = None,
+    passes: Passes = None,
+    plugins: Plugins = (),
+    verify_passes: bool = False,
     golden: bool = True,
     dump_ir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -129,9 +214,11 @@ def compile(
 
     Args:
         target: `name` or `name:arch`, see `dsv4c targets`.
-        numerics: only "exact" so far: stored weights dequantised, FP32 arithmetic.
+        numerics: "exact" is stored weights dequantised and FP32 arithmetic; "reference" rounds where the
+            published code rounds (format "tvm" only). Its artifacts carry no golden vectors: a rounding that
+            falls the other way at a tie changes every later token.
         format: "tvm" or "onnx".
-        passes: a pipeline instead of the target's own.
+        passes, plugins, verify_passes: see `lower`.
         golden: put a prompt with the evaluator's results into the artifact, for `verify`.
         dump_ir: a directory for the IR text after every pass.
 
@@ -142,9 +229,13 @@ def compile(
     form = chosen.format(format)
     if numerics not in chosen.numerics:
         raise UsageError(f"numerics {numerics!r}", where="compile", allowed=", ".join(chosen.numerics))
+    first = chosen.numerics[numerics]
+    if first:
+        rest = "default" if passes is None else passes
+        passes = (first, *([rest] if isinstance(rest, str) else rest))
     _check_packages(form)
     report = progress or (lambda what, done, total: None)
-    parse_pipeline(passes if passes is not None else form.passes)  # complains before any long work
+    choose_pipeline(form, passes, plugins)  # complains before any long work
     with ArtifactWriter(output) as writer:
         module = source if isinstance(source, Module) else load_checkpoint(source)
         if module.store is None:
@@ -152,16 +243,27 @@ def compile(
                 "the module has no weights", where=module.name, hint="load it from a checkpoint"
             )
         started = time.time()
-        lowered, records = lower(module, target, format, passes, _dumper(module, dump_ir))
-        form.load()(lowered, module.store, writer, arch, report)
+        lowered = lower(module, target, format, passes, plugins, verify_passes, _dumper(module, dump_ir))
+        store = lowered.module.store  # a pass may have laid statistics over the checkpoint's tensors
+        assert store is not None
+        form.load()(lowered.module, store, writer, arch, report)
+        stored = {t.name: (t.dtype, t.nbytes) for t in writer.tensors}
         for name, data in module.assets.items():
-            writer.add_section(name, data)
-        if golden:
-            _write_golden(module, writer, report)
-        pipeline = passes if passes is not None else form.passes
-        _write_meta(
-            module, lowered, writer, chosen, arch, form, numerics, pipeline, records, time.time() - started
-        )
+            if name != "config":  # what the checkpoint said; the artifact's own facts are in its meta data
+                writer.add_section(name, data)
+        if golden and "logits" in module.outputs and numerics == "exact":
+            write_golden(lowered.reference, writer, report)
+        pipeline = print_pipeline(lowered.pipeline)
+        writer.set_meta("target", chosen.name)
+        writer.set_meta("arch", {"name": arch.name, "machine": arch.machine, "requires": list(arch.requires)})
+        writer.set_meta("format", form.name)
+        writer.set_meta("numerics", numerics)
+        writer.set_meta("model", {"name": module.name, **module.meta})
+        writer.set_meta("identity", identity(lowered.reference))
+        writer.set_meta("step", {"states": _states(lowered.module)})
+        seconds = time.time() - started
+        facts = compile_report(module, lowered.module, lowered.records, pipeline, stored, seconds)
+        writer.set_meta("report", facts)
     return Path(output)
 
 
@@ -192,44 +294,17 @@ def _check_packages(form: Format) -> None:
             )
 
 
-def _write_meta(
-    module: Module,
-    lowered: Module,
-    writer: ArtifactWriter,
-    target: Target,
-    arch: Arch,
-    form: Format,
-    numerics: str,
-    pipeline: str,
-    records: list[PassRecord],
-    seconds: float,
-) -> None:
-    states = {
+def _states(module: Module) -> dict[str, Any]:
+    return {
         name: {"dtype": v.type.dtype.storage.name, "shape": [str(d) for d in v.type.shape]}
         for name, v in module.states.items()
     }
-    writer.set_meta("format", form.name)
-    writer.set_meta("target", target.name)
-    writer.set_meta("arch", {"name": arch.name, "machine": arch.machine, "requires": list(arch.requires)})
-    writer.set_meta("numerics", numerics)
-    writer.set_meta("model", {"name": module.name, **module.meta})
-    writer.set_meta("identity", _identity(module))
-    writer.set_meta("step", {"states": states})
-    writer.set_meta(
-        "report",
-        {
-            "pipeline": print_pipeline(parse_pipeline(pipeline)),
-            "passes": [vars(r) for r in records],
-            "ops": {"MODEL": len(module.ops), "TARGET": len(lowered.ops)},
-            "seconds": round(seconds, 3),
-            "compiled_on": platform.machine(),
-        },
-    )
 
 
-def _identity(module: Module) -> str:
+def identity(module: Module) -> str:
     """A hash that equal checkpoints share: the graph and a sample of the weights' bytes."""
-    assert module.store is not None
+    if module.store is None:
+        raise CompileError("the module has no weights", where=module.name, hint="load it from a checkpoint")
     digest = hashlib.sha256(print_module(module).encode())
     sources = sorted(
         {str(s.attr("name")) for op in module.weights() if op.weight for s in op.weight.sources()}
@@ -239,38 +314,4 @@ def _identity(module: Module) -> str:
     return digest.hexdigest()
 
 
-def golden_tokens(vocab: int) -> npt.NDArray[np.int32]:
-    """The golden prompt: pseudo-random ids, the same for every build of a model."""
-    count = sum(GOLDEN_CALLS)
-    return np.random.default_rng(20260424).integers(0, vocab, count).astype(np.int32)
-
-
-def _write_golden(module: Module, writer: ArtifactWriter, progress: Progress) -> None:
-    """Tokens, logits after each, and the state they leave, by the evaluator over the MODEL graph."""
-    vocab = module.meta["vocab_size"]
-    assert isinstance(vocab, int)
-    tokens, at = golden_tokens(vocab), 0
-    evaluator = Evaluator(module, keep_weights=False)
-    state, logits = evaluator.fresh_state(B=1, ctx=len(tokens)), []
-    for index, count in enumerate(GOLDEN_CALLS):
-        progress("golden vectors", index, len(GOLDEN_CALLS))
-        rows = np.arange(count)[None]
-        step = evaluator(
-            {"tokens": tokens[None, at : at + count], "n_valid": np.array([count]), "rows": rows}, state
-        )
-        state, at = step.state, at + count
-        logits.append(step.outputs["logits"][0])
-    progress("golden vectors", len(GOLDEN_CALLS), len(GOLDEN_CALLS))
-    _add(writer, "golden.tokens", tokens)
-    _add(writer, "golden.logits", np.concatenate(logits).astype(np.float32))
-    for name, array in state.items():
-        _add(writer, f"golden.state.{name}", array)
-    writer.set_meta("golden", {"calls": list(GOLDEN_CALLS), "tolerance": 1e-4})
-
-
-def _add(writer: ArtifactWriter, name: str, array: npt.NDArray[Any]) -> None:
-    dtype = {"int32": "i32", "float32": "f32"}[array.dtype.name]
-    writer.add_tensor(name, dtype, array.shape, [np.ascontiguousarray(array)])
-
-
-__all__ = ["compile", "evaluate", "load_checkpoint", "lower"]
+__all__ = ["Lowered", "compile", "evaluate", "export", "identity", "load_checkpoint", "lower"]

@@ -18,7 +18,12 @@ class Dsv4cError(Exception):
         where: file, tensor, op, option or pass the error is about.
         allowed: what would have been accepted.
         hint: what to do next.
+
+    Attributes:
+        op: the operation the error is about, where there is one.
     """
+
+    op: object = None
 
     def __init__(self, what: str, *, where: str = "", allowed: str = "", hint: str = "") -> None:
         self.what, self.where, self.allowed, self.hint = what, where, allowed, hint

@@ -62,6 +62,13 @@ def threads_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def plugin_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="FILE.py",
+        help="a Python file that defines passes; several allowed",
+    )  # fmt: skip
+
+
 def integer(at_least: int) -> Callable[[str], int]:
     """An argument type: an integer that is not too small."""
 

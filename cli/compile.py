@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from dsv4c.errors import UsageError
 from dsv4c.runtime import Artifact
 
-from .base import Command, json_option, load_api
+from .base import Command, check_directory_of, integer, json_option, load_api, plugin_option, read_text
 from .progress import Bars
 from .show import as_json, section, size, table
 
@@ -26,10 +27,35 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", required=True, metavar="FILE", help="artifact to write, e.g. m.dsv4"
     )
     parser.add_argument("--format", default="tvm", metavar="F", help="tvm (default) or onnx")
-    parser.add_argument("--numerics", default="exact", metavar="N", help="exact (default): FP32 arithmetic")
     parser.add_argument(
-        "--passes", metavar="P,...", help="a pipeline instead of the target's own: dsv4c passes"
+        "--numerics",
+        default="exact",
+        metavar="N",
+        help="exact (default): FP32 arithmetic; reference: the published rounding points",
     )
+    parser.add_argument(
+        "--passes", metavar="P,...",
+        help="a pipeline instead of the target's own, or edits of it: default, without(a), with(a{k=v}), "
+        "before(a, b{k=v}), after(a, b{k=v}); see dsv4c passes",
+    )  # fmt: skip
+    plugin_option(parser)
+    parser.add_argument(
+        "--verify-passes", action="store_true",
+        help="evaluate the graph on random inputs around every pass; stop at the first that breaks its word",
+    )  # fmt: skip
+    parser.add_argument(
+        "--heldout", action="append", default=[], metavar="FILE",
+        help="text to measure on: perplexity, KL divergence and top-1 agreement against the same model in "
+        "exact numerics and without --passes go into the report, and the error by layer",
+    )  # fmt: skip
+    parser.add_argument(
+        "--random-seeds", type=integer(0), default=0, metavar="N",
+        help="with --heldout and prune_experts: also measure N prunings of equal size by chance",
+    )  # fmt: skip
+    parser.add_argument(
+        "--export-checkpoint", metavar="DIR",
+        help="also write the model as its passes at level MODEL left it, as a checkpoint",
+    )  # fmt: skip
     parser.add_argument("--dump-ir", metavar="DIR", help="write the IR text after every pass into DIR")
     parser.add_argument(
         "--no-golden", action="store_true", help="leave out the vectors that dsv4c verify replays"
@@ -41,16 +67,44 @@ def _run(args: argparse.Namespace) -> int:
     api = load_api()
     if args.dump_ir and Path(args.dump_ir).exists() and not Path(args.dump_ir).is_dir():
         raise UsageError("is not a directory", where=args.dump_ir, allowed="a directory for --dump-ir")
+    if args.random_seeds and not args.heldout:
+        raise UsageError("--random-seeds without --heldout", where="dsv4c compile", hint="name a text")
+    check_directory_of(args.output, "the output")
+    texts = [read_text(path) for path in args.heldout]
     started = time.perf_counter()
     with Bars() as bars:
-        path = api.compile(
-            args.checkpoint, output=args.output, target=args.target, numerics=args.numerics,
-            format=args.format, passes=args.passes, golden=not args.no_golden, dump_ir=args.dump_ir,
-            progress=bars,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "target": args.target, "numerics": args.numerics, "format": args.format, "passes": args.passes,
+            "plugins": args.plugin, "verify_passes": args.verify_passes, "golden": not args.no_golden,
+            "dump_ir": args.dump_ir, "progress": bars, "output": args.output,
+        }  # fmt: skip
+        if args.export_checkpoint:
+            _export(args)
+        if texts:
+            from dsv4c.quality import compile_measured
+
+            path = compile_measured(args.checkpoint, *texts, random_seeds=args.random_seeds, **options)
+        else:
+            path = api.compile(args.checkpoint, **options)
     facts = summary(Artifact.open(path), time.perf_counter() - started)
     print(as_json(facts) if args.json else _text(facts))
     return 0
+
+
+def _export(args: argparse.Namespace) -> None:
+    """The checkpoint first: it is the quicker, and it refuses a directory that is in use."""
+    api = load_api()
+    lowered = api.lower(
+        api.load_checkpoint(args.checkpoint), args.target, args.format, args.passes, args.plugin
+    )
+    done = api.export(lowered.model, args.export_checkpoint, args.checkpoint)
+    padded = f", padded in {', '.join(done.padded)}" if done.padded else ""
+    left = f"; left out: {len(done.dropped)} tensors, the first {done.dropped[0]}" if done.dropped else ""
+    print(
+        f"{args.export_checkpoint}: {done.tensors} tensors, {size(done.bytes)}, {done.experts} experts"
+        f" a layer{padded}{left}",
+        file=sys.stderr,
+    )
 
 
 def summary(artifact: Artifact, seconds: float) -> dict[str, Any]:
@@ -95,7 +149,8 @@ COMPILE = Command(
     examples=(
         "dsv4c compile CHECKPOINT --target cpu -o m.dsv4",
         "dsv4c compile CHECKPOINT --target cpu:x86-64-v3 --format onnx -o m.dsv4",
-        "dsv4c compile CHECKPOINT --target cpu -o m.dsv4 --dump-ir ir/",
+        "dsv4c compile CHECKPOINT --target cpu -o m.dsv4 --dump-ir ir/ --verify-passes",
+        'dsv4c compile CHECKPOINT --target cpu -o m.dsv4 --passes "without(fuse_index_select)"',
     ),
     arguments=_arguments,
     run=_run,

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
-from .base import Command, json_option, load_api
+from .base import Command, json_option, load_api, plugin_option
 from .show import as_json, section, table
 
 if TYPE_CHECKING:
@@ -89,11 +89,16 @@ def _targets_text(facts: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+def _passes_arguments(parser: argparse.ArgumentParser) -> None:
+    plugin_option(parser)
+    json_option(parser)
+
+
 def _passes(args: argparse.Namespace) -> int:
     load_api()
-    from dsv4c.passes import PASSES as known
+    from dsv4c.passes import known_passes
 
-    facts = [_pass_facts(p) for p in known.values()]
+    facts = [_pass_facts(p) for p in known_passes(args.plugin).values()]
     print(as_json({"passes": facts}) if args.json else "\n\n".join(map(_pass_text, facts)))
     return 0
 
@@ -136,6 +141,6 @@ PASSES = Command(
     about="List what a pipeline may name: options with their types and defaults, and the levels of the\n"
     "IR that a pass takes and gives.",
     examples=("dsv4c passes", "dsv4c passes --json"),
-    arguments=json_option,
+    arguments=_passes_arguments,
     run=_passes,
 )

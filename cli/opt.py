@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dsv4c.errors import UsageError
 
-from .base import Command, check_directory_of, load_api, read_text
+from .base import Command, check_directory_of, load_api, plugin_option, read_text
 
 if TYPE_CHECKING:
     from dsv4c.ir.graph import Module
@@ -29,21 +29,35 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--verify-each", action=argparse.BooleanOptionalAction, default=True,
         help="check the graph before and after every pass (default); without, see what a broken pass left",
     )  # fmt: skip
+    parser.add_argument(
+        "--verify-passes", action="store_true",
+        help="evaluate the graph on random inputs and weights around every pass",
+    )  # fmt: skip
+    parser.add_argument(
+        "--explain", action="store_true",
+        help="say on standard error where a pass does not apply, and why",
+    )  # fmt: skip
+    plugin_option(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
     load_api()  # complains where the compiler is not installed
     from dsv4c.ir.text import parse_module, print_module
     from dsv4c.ir.verify import verify
-    from dsv4c.passes import parse_pipeline, run_pipeline
+    from dsv4c.passes import known_passes, parse_pipeline, run_pipeline
+    from dsv4c.passes.check import ResultCheck
 
     if args.output:
         check_directory_of(args.output, "the output")
-    passes = parse_pipeline(args.passes)
+    passes = parse_pipeline(args.passes, known_passes(args.plugin))
     module = parse_module(read_text(args.file), args.file)
     if args.verify_each:
         verify(module)
-        run_pipeline(module, passes)
+        check = ResultCheck(module) if args.verify_passes else None
+        for one in passes:
+            if args.explain:
+                sys.stderr.writelines(f"{one.name}: {line}\n" for line in one.explain(module))
+            run_pipeline(module, (one,), check=check)
     else:
         _run_unchecked(module, passes)
     _write(args.output, print_module(module))

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from .base import Command
 from .bench import BENCH
+from .calibrate import CALIBRATE
+from .compare import COMPARE
 from .compile import COMPILE
 from .inspect import INSPECT
 from .listing import PASSES, TARGETS
 from .opt import OPT
+from .report import REPORT
 from .run import RUN
 from .verify import VERIFY
 
 COMMANDS: dict[str, Command] = {
-    command.name: command for command in (COMPILE, RUN, INSPECT, VERIFY, BENCH, OPT, TARGETS, PASSES)
-}
+    command.name: command
+    for command in (
+        COMPILE, RUN, INSPECT, VERIFY, REPORT, BENCH, CALIBRATE, COMPARE, OPT, TARGETS, PASSES,
+    )
+}  # fmt: skip

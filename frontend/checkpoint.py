@@ -229,7 +229,7 @@ def _bad_values(checkpoint: Checkpoint) -> Iterator[str]:
         scaled = checkpoint.stored_dtype(name) in SCALED
         checks = [(scale_name(name), _bad_scale)] if scaled else []
         if spec.role is Role.PRECISE or len(spec.shape) == 1:
-            checks.append((name, _bad_parameter))
+            checks.append((name, _bad_bias if name.endswith(".ffn.gate.bias") else _bad_parameter))
         for which, check in checks:
             stored = checkpoint.origins[which].name
             if stored not in seen and (what := check(checkpoint, stored)):
@@ -251,6 +251,16 @@ def _bad_scale(checkpoint: Checkpoint, stored: str) -> str:
 def _bad_parameter(checkpoint: Checkpoint, stored: str) -> str:
     values = decode(checkpoint.files.read(stored), checkpoint.files.tensors[stored].dtype)
     return "" if np.isfinite(values).all() else "has a value that is NaN or infinite"
+
+
+def _bad_bias(checkpoint: Checkpoint, stored: str) -> str:
+    """A selection bias may be -inf, which takes an expert out of the choice, while enough others remain."""
+    values = decode(checkpoint.files.read(stored), checkpoint.files.tensors[stored].dtype)
+    finite, needed = int(np.isfinite(values).sum()), checkpoint.config.experts_per_token
+    if np.isnan(values).any() or (values == np.inf).any():
+        return "has a value that is NaN or infinite (allowed: finite numbers, and -inf for no choice)"
+    what = f"lets tokens choose among {finite} experts, -inf takes out the others"
+    return "" if finite >= needed else f"{what} (allowed: at least {needed})"
 
 
 def _bad_table(checkpoint: Checkpoint, stored: str) -> str:

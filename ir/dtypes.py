@@ -19,9 +19,9 @@ F32Array = npt.NDArray[np.float32]
 class DType(enum.Enum):
     """An element type. The value is its name in IR text and in artifacts.
 
-    `F4E2M1X2` is one byte holding two E2M1 codes, the even index in the low nibble; shapes of such
-    tensors count bytes. E4M3 exists twice on purpose: the same bits mean twice as much in OCP (`FN`)
-    as in FNUZ, and only FN has a code for minus zero.
+    `F4E2M1X2` is one byte holding two E2M1 codes, the even index in the low nibble, `I4X2` the same with
+    two signed two's complement integers; shapes of such tensors count bytes. E4M3 exists twice on purpose:
+    the same bits mean twice as much in OCP (`FN`) as in FNUZ, and only FN has a code for minus zero.
     """
 
     F32 = "f32"
@@ -34,6 +34,7 @@ class DType(enum.Enum):
     F8E4M3FNUZ = "f8e4m3fnuz"
     F8E8M0 = "f8e8m0"
     F4E2M1X2 = "f4e2m1x2"
+    I4X2 = "i4x2"
     BOOL = "bool"
 
     @property
@@ -48,13 +49,13 @@ class DType(enum.Enum):
 
     @property
     def is_float(self) -> bool:
-        return self not in (DType.I32, DType.I64, DType.I8, DType.BOOL)
+        return self not in (DType.I32, DType.I64, DType.I8, DType.I4X2, DType.BOOL)
 
 
 _STORAGE = {
     DType.F32: np.float32, DType.BF16: np.uint16, DType.F16: np.float16, DType.I32: np.int32,
     DType.I64: np.int64, DType.I8: np.int8, DType.F8E4M3: np.uint8, DType.F8E4M3FNUZ: np.uint8,
-    DType.F8E8M0: np.uint8, DType.F4E2M1X2: np.uint8, DType.BOOL: np.bool_,
+    DType.F8E8M0: np.uint8, DType.F4E2M1X2: np.uint8, DType.I4X2: np.uint8, DType.BOOL: np.bool_,
 }  # fmt: skip
 
 
@@ -97,10 +98,22 @@ def f32_to_bf16(values: Array) -> npt.NDArray[np.uint16]:
     return np.where(nan, (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 
+def unpack(bits: Array) -> npt.NDArray[np.uint8]:
+    """[..., n] bytes -> [..., 2n] nibbles 0..15, low nibble first."""
+    packed = bits.view(np.uint8)
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], 2 * packed.shape[-1])
+
+
+def pack(nibbles: Array) -> npt.NDArray[np.uint8]:
+    """[..., 2n] nibbles 0..15 -> [..., n] bytes, the even index in the low nibble; inverse of `unpack`."""
+    codes = nibbles.view(np.uint8)
+    return np.asarray(codes[..., 0::2] | (codes[..., 1::2] << 4), np.uint8)
+
+
 def decode(bits: Array, dtype: DType) -> Array:
     """Raw storage -> float32 values (integers and bool are returned as they are).
 
-    Packed FP4 `[..., n]` bytes give `[..., 2n]` values, low nibble first.
+    Packed FP4 `[..., n]` bytes give `[..., 2n]` values, low nibble first; packed I4 gives int8.
     """
     match dtype:
         case DType.BF16:
@@ -114,8 +127,8 @@ def decode(bits: Array, dtype: DType) -> Array:
         case DType.F8E8M0:
             return _e8m0_table()[bits.view(np.uint8)]
         case DType.F4E2M1X2:
-            packed = bits.view(np.uint8)
-            pair = np.stack([E2M1[packed & 15], E2M1[packed >> 4]], axis=-1)
-            return pair.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
+            return E2M1[unpack(bits)]
+        case DType.I4X2:
+            return ((unpack(bits) ^ 8).astype(np.int8) - np.int8(8)).astype(np.int8)
         case _:
             return bits

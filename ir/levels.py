@@ -15,7 +15,11 @@ class Level(enum.Enum):
     TARGET = "TARGET"
 
 
-FUSED_ONLY = frozenset({"expert_mlp", "index_select", "clamped_swiglu"})
+FUSED_ONLY = frozenset({
+    "expert_mlp", "expert_statistics", "index_select", "clamped_swiglu", "split_columns", "norm_rotary",
+    "entries_close", "hc_pre", "hc_post_pre", "add_route",
+    "engram_prefetch", "engram_fetch",
+})  # fmt: skip
 """Ops that exist only after a pass has made them."""
 
 

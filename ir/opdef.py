@@ -99,6 +99,11 @@ class Signature:
             wanted = ", ".join(str(d) for d in shape)
             self.fail(f"needs {self.name(index)} [{wanted}], got {self.types[index]}")
 
+    def choice(self, name: str, *allowed: str) -> None:
+        """Attribute `name` must be one of these words."""
+        if self.attrs[name] not in allowed:
+            self.fail(f"has {name} = {self.attrs[name]!r} (known: {', '.join(allowed)})")
+
     def int(self, name: str) -> int:
         value = self.attrs[name]
         assert isinstance(value, int)

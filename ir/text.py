@@ -10,12 +10,14 @@ from collections.abc import Callable
 
 from dsv4c.errors import IRError, ParseError, unknown
 
+from . import layouts, maps
 from . import weights as w
 from .attrs import Attr, AttrKind, print_attrs
 from .graph import Module, Op, Value
 from .levels import Level
 from .lexer import Cursor
 from .ops import OPS
+from .quantised import CONSTRUCTORS as QUANTISED
 from .types import TensorType, parse_type
 from .weights import WeightExpr
 
@@ -53,16 +55,30 @@ def print_module(module: Module) -> str:
     return "\n".join([*lines, "}", ""])
 
 
+def around(module: Module, op: Op, lines: int = 3) -> str:
+    """The text of `op`, marked, with the ops before and after it; also of a graph that is broken."""
+    names = {v: f"%{name}" for name, v in module.arguments().items()}
+    ops = module.ops if op in module.ops else [op]
+    text = [("> " if one is op else "  ") + print_op(one, names) for one in ops]
+    at = ops.index(op)
+    return "\n".join(text[max(0, at - lines) : at + lines + 1])
+
+
 # ----------------------------------------------------------------------------------- parsing
 
 _CONSTRUCTORS: dict[str, Callable[..., WeightExpr]] = {
     "source": w.source, "decode_fp8": w.decode_fp8, "decode_fp4": w.decode_fp4, "cast": w.cast,
     "take": w.take, "rows": w.rows, "concat": lambda *xs: w.concat(xs), "stack": lambda *xs: w.stack(xs),
     "transpose": w.transpose, "reshape": w.reshape, "panel": w.panel, "pair_rows": w.pair_rows,
-    "rope_frequencies": w.rope_frequencies,
+    "reroute": w.reroute, "rope_frequencies": w.rope_frequencies, **QUANTISED,
+    "lane_words": layouts.lane_words, "row_scales": layouts.row_scales,
+    "unpacked": layouts.unpacked,
+    "scale_columns": maps.scale_columns, "evaluated": maps.evaluated,
 }  # fmt: skip
 
-_TYPED = {"name": AttrKind.STR, "dtype": AttrKind.DTYPE, "shape": AttrKind.INTS, "block": AttrKind.INTS}
+_TYPED = {"name": AttrKind.STR, "dtype": AttrKind.DTYPE, "shape": AttrKind.INTS, "block": AttrKind.INTS,
+          "experts": AttrKind.INT, "choices": AttrKind.INTS, "scheme": AttrKind.STR, "search": AttrKind.BOOL,
+          "old": AttrKind.STR, "new": AttrKind.STR, "of": AttrKind.STR}  # fmt: skip
 """Attributes of weight operations that no arithmetic checks."""
 
 

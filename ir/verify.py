@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsv4c.errors import VerifyError
+from dsv4c.errors import IRError, VerifyError
 
 from .graph import Module, Op, Value
 from .levels import allows
@@ -27,7 +27,9 @@ def verify(module: Module, target_ops: frozenset[str] | None = None) -> None:
 
 
 def _fail(op: Op, what: str, allowed: str = "") -> None:
-    raise VerifyError(f"{op.name}: {what}", where=op.loc or "module", allowed=allowed)
+    error = VerifyError(f"{op.name}: {what}", where=op.loc or "module", allowed=allowed)
+    error.op = op
+    raise error
 
 
 def _check_op(
@@ -40,7 +42,11 @@ def _check_op(
             _fail(op, "reads a value before it is made")
         if value in dead:
             _fail(op, f"reads a state that {dead[value].name} @{dead[value].loc} has overwritten")
-    inferred, found = op.infer(), tuple(v.type for v in op.results)
+    try:
+        inferred, found = op.infer(), tuple(v.type for v in op.results)
+    except IRError as error:
+        error.op = op
+        raise
     if inferred != found:
         _fail(op, f"has results {[str(t) for t in found]}, its operands give {[str(t) for t in inferred]}")
     if op.definition.consumes is not None:

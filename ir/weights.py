@@ -8,63 +8,21 @@ not by a layer of them. Knows nothing of files: bytes come from a `TensorStore`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from math import prod
-from typing import Protocol
 
 import numpy as np
 
-from dsv4c.errors import CompileError, IRError
+from dsv4c.errors import CompileError
 
-from .attrs import Attr
 from .dtypes import Array, DType, F32Array, decode, f32_to_bf16
-
-
-class TensorStore(Protocol):
-    """Where the bytes of `source` expressions come from."""
-
-    def read(self, name: str) -> Array:
-        """The raw storage of a checkpoint tensor (BF16 as uint16, FP8 and packed FP4 as uint8), read-only."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class WeightExpr:
-    """One node of a lazy weight: an operation of `WEIGHT_OPS`, its operands and attributes.
-
-    Attributes:
-        op: a key of `WEIGHT_OPS`.
-        args: operand expressions.
-        attrs: attribute name -> value, in declaration order.
-        dtype, shape: of the result; shapes of packed FP4 count bytes.
-    """
-
-    op: str
-    args: tuple[WeightExpr, ...]
-    attrs: tuple[tuple[str, Attr], ...]
-    dtype: DType
-    shape: tuple[int, ...]
-
-    def attr(self, name: str) -> Attr:
-        return dict(self.attrs)[name]
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-    def sources(self) -> Iterator[WeightExpr]:
-        """Every `source` leaf, left to right."""
-        if self.op == "source":
-            yield self
-        for arg in self.args:
-            yield from arg.sources()
-
-    def same(self, other: WeightExpr) -> bool:
-        """Structural equality."""
-        return (self.op, self.attrs, self.dtype, self.shape, len(self.args)) == (
-            other.op, other.attrs, other.dtype, other.shape, len(other.args),
-        ) and all(a.same(b) for a, b in zip(self.args, other.args, strict=True))  # fmt: skip
-
+from .expr import TensorStore as TensorStore
+from .expr import WeightExpr as WeightExpr
+from .expr import describe as describe
+from .expr import expect
+from .layouts import LAYOUT_OPS
+from .maps import MAP_OPS
+from .quantised import QUANTISED_OPS, encoded_from, round_trip
+from .tables import reroute_table
 
 # ------------------------------------------------------------------------------ constructors
 
@@ -78,16 +36,16 @@ def source(name: str, dtype: DType, shape: tuple[int, ...]) -> WeightExpr:
 
 def decode_fp8(codes: WeightExpr, scale: WeightExpr, block: tuple[int, int]) -> WeightExpr:
     """[o, i] E4M3 with one scale per `block` tile (the last tiles may be ragged) -> f32 [o, i]."""
-    _expect(len(codes.shape) == 2, "decode_fp8 takes a matrix", codes)
+    expect(len(codes.shape) == 2, "decode_fp8 takes a matrix", codes)
     tiles = (-(-codes.shape[0] // block[0]), -(-codes.shape[1] // block[1]))
-    _expect(scale.shape == tiles, f"decode_fp8 needs a scale of shape {list(tiles)}", scale)
+    expect(scale.shape == tiles, f"decode_fp8 needs a scale of shape {list(tiles)}", scale)
     return WeightExpr("decode_fp8", (codes, scale), (("block", block),), DType.F32, codes.shape)
 
 
 def decode_fp4(codes: WeightExpr, scale: WeightExpr) -> WeightExpr:
     """[o, i/2] packed E2M1 with one scale per row and 32 columns -> f32 [o, i]."""
     rows, cols = codes.shape[0], 2 * codes.shape[1]
-    _expect(
+    expect(
         scale.shape == (rows, -(-cols // 32)),
         f"decode_fp4 needs a scale of [{rows}, {-(-cols // 32)}]",
         scale,
@@ -102,13 +60,13 @@ def cast(x: WeightExpr, dtype: DType) -> WeightExpr:
 
 def take(x: WeightExpr, index: int) -> WeightExpr:
     """Entry `index` of the leading axis."""
-    _expect(0 <= index < x.shape[0], f"take {index} is out of range", x)
+    expect(0 <= index < x.shape[0], f"take {index} is out of range", x)
     return WeightExpr("take", (x,), (("index", index),), x.dtype, x.shape[1:])
 
 
 def rows(x: WeightExpr, start: int, stop: int) -> WeightExpr:
     """Rows start..stop-1 of the leading axis."""
-    _expect(0 <= start < stop <= x.shape[0], f"rows {start}:{stop} are out of range", x)
+    expect(0 <= start < stop <= x.shape[0], f"rows {start}:{stop} are out of range", x)
     return WeightExpr("rows", (x,), (("start", start), ("stop", stop)), x.dtype, (stop - start, *x.shape[1:]))
 
 
@@ -116,7 +74,7 @@ def concat(xs: tuple[WeightExpr, ...]) -> WeightExpr:
     """Join along the leading axis."""
     first = xs[0]
     for x in xs:
-        _expect(x.shape[1:] == first.shape[1:] and x.dtype is first.dtype, "concat needs equal row shapes", x)
+        expect(x.shape[1:] == first.shape[1:] and x.dtype is first.dtype, "concat needs equal row shapes", x)
     return WeightExpr("concat", xs, (), first.dtype, (sum(x.shape[0] for x in xs), *first.shape[1:]))
 
 
@@ -124,18 +82,18 @@ def stack(xs: tuple[WeightExpr, ...]) -> WeightExpr:
     """A new leading axis over equal tensors."""
     first = xs[0]
     for x in xs:
-        _expect(x.shape == first.shape and x.dtype is first.dtype, "stack needs equal tensors", x)
+        expect(x.shape == first.shape and x.dtype is first.dtype, "stack needs equal tensors", x)
     return WeightExpr("stack", xs, (), first.dtype, (len(xs), *first.shape))
 
 
 def transpose(x: WeightExpr) -> WeightExpr:
     """Swap the last two axes."""
-    _expect(len(x.shape) >= 2, "transpose needs a matrix", x)
+    expect(len(x.shape) >= 2, "transpose needs a matrix", x)
     return WeightExpr("transpose", (x,), (), x.dtype, (*x.shape[:-2], x.shape[-1], x.shape[-2]))
 
 
 def reshape(x: WeightExpr, shape: tuple[int, ...]) -> WeightExpr:
-    _expect(prod(shape) == prod(x.shape), f"reshape to {list(shape)} changes the element count", x)
+    expect(prod(shape) == prod(x.shape), f"reshape to {list(shape)} changes the element count", x)
     return (
         x
         if shape == x.shape
@@ -145,7 +103,7 @@ def reshape(x: WeightExpr, shape: tuple[int, ...]) -> WeightExpr:
 
 def panel(x: WeightExpr, width: int) -> WeightExpr:
     """[n, k] -> [ceil(n/width), k, width]: panels of `width` output rows, k-major, zero-padded."""
-    _expect(len(x.shape) == 2, "panel takes a matrix", x)
+    expect(len(x.shape) == 2, "panel takes a matrix", x)
     n, k = x.shape
     return WeightExpr("panel", (x,), (("width", width),), x.dtype, (-(-n // width), k, width))
 
@@ -155,9 +113,22 @@ def pair_rows(x: WeightExpr, width: int) -> WeightExpr:
 
     Both halves are zero-padded to whole blocks. It puts the gate and up rows of an MLP side by side.
     """
-    _expect(len(x.shape) == 2 and x.shape[0] % 2 == 0, "pair_rows takes a matrix of two halves", x)
+    expect(len(x.shape) == 2 and x.shape[0] % 2 == 0, "pair_rows takes a matrix of two halves", x)
     blocks = -(-(x.shape[0] // 2) // width)
     return WeightExpr("pair_rows", (x,), (("width", width),), x.dtype, (2 * blocks * width, x.shape[1]))
+
+
+def reroute(table: WeightExpr, experts: int, choices: tuple[int, ...]) -> WeightExpr:
+    """[V,k] ids of `experts` experts -> [V,k] ids under new numbers, distinct in every row.
+
+    `choices` is a matrix with a row per old expert, flattened: the new numbers that may stand for it, best
+    first, then -1. How ties in a row are settled says `tables.reroute_table`.
+    """
+    expect(len(table.shape) == 2 and table.dtype.storage.kind == "i", "reroute takes a table of ids", table)
+    fits = experts > 0 and len(choices) > 0 and len(choices) % experts == 0
+    expect(fits, f"reroute needs a row of choices for each of {experts} experts", table)
+    attrs = (("experts", experts), ("choices", tuple(choices)))
+    return WeightExpr("reroute", (table,), attrs, table.dtype, table.shape)
 
 
 def rope_frequencies(
@@ -172,16 +143,6 @@ def rope_frequencies(
     attrs = (("dim", dim), ("theta", float(theta)), ("factor", float(factor)), ("original", original),
              ("beta_fast", float(beta_fast)), ("beta_slow", float(beta_slow)))  # fmt: skip
     return WeightExpr("rope_frequencies", (), attrs, DType.F32, (dim // 2,))
-
-
-def _expect(ok: bool, what: str, x: WeightExpr) -> None:
-    if not ok:
-        raise IRError(f"{what}, got {x.dtype.value}{list(x.shape)}", where=describe(x))
-
-
-def describe(x: WeightExpr) -> str:
-    """A short name for messages: the first checkpoint tensor below, or the operation."""
-    return next((str(s.attr("name")) for s in x.sources()), x.op)
 
 
 # -------------------------------------------------------------------------------- evaluation
@@ -241,6 +202,11 @@ def _pair_rows(x: WeightExpr, args: list[Array]) -> Array:
     return out.reshape(2, -1, width, k).transpose(1, 0, 2, 3).reshape(count, k)
 
 
+def _reroute(x: WeightExpr, args: list[Array]) -> Array:
+    choices = np.array(x.attr("choices"), np.int64).reshape(_int(x, "experts"), -1)
+    return reroute_table(args[0], choices, describe(x))
+
+
 def _rope_frequencies(x: WeightExpr, _: list[Array]) -> Array:
     dim, theta, factor, original, fast, slow = (v for _, v in x.attrs)
     return rope_table(int(dim), float(theta), float(factor), int(original), float(fast), float(slow))  # type: ignore[arg-type]
@@ -284,7 +250,11 @@ WEIGHT_OPS: dict[str, _Evaluate | None] = {
     "reshape": lambda x, a: a[0].reshape(x.shape),
     "panel": _panel,
     "pair_rows": _pair_rows,
+    "reroute": _reroute,
     "rope_frequencies": _rope_frequencies,
+    **QUANTISED_OPS,
+    **LAYOUT_OPS,
+    **MAP_OPS,
 }
 """Every weight operation and how it is evaluated on raw storage arrays."""
 
@@ -298,6 +268,8 @@ def materialise(x: WeightExpr, store: TensorStore) -> Array:
     """
     if x.op == "source":
         return store.read(str(x.attr("name")))
+    if encoding := encoded_from(x):
+        return round_trip(encoding, [materialise(a, store) for a in encoding.args])
     evaluate = WEIGHT_OPS[x.op]
     assert evaluate is not None
     return np.asarray(evaluate(x, [materialise(a, store) for a in x.args]))

@@ -2,8 +2,10 @@
 
 from .base import EXACT, Effect, Pass
 from .pipeline import PassRecord, parse_pipeline, print_pipeline, run_pipeline
+from .plugins import known_passes
 from .table import PASSES
 
 __all__ = [
-    "EXACT", "PASSES", "Effect", "Pass", "PassRecord", "parse_pipeline", "print_pipeline", "run_pipeline",
+    "EXACT", "PASSES", "Effect", "Pass", "PassRecord", "known_passes", "parse_pipeline", "print_pipeline",
+    "run_pipeline",
 ]  # fmt: skip

@@ -72,6 +72,10 @@ class Pass:
         """What the pass, with these options, may do to results."""
         return EXACT
 
+    def explain(self, module: Module) -> list[str]:
+        """Where it would not apply to `module`, and why: one line a place; nothing is changed."""
+        return []
+
     def __str__(self) -> str:
         options = [f"{f.name}={print_attr(getattr(self, f.name))}" for f in fields(self)]
         return self.name + ("{" + ", ".join(options) + "}" if options else "")

@@ -40,7 +40,8 @@ CLAMPED_SWIGLU = Rule(
 def _index_select(b: Builder, bindings: Bindings, op: Op) -> Value:
     scores = bindings["scores"].producer
     assert scores is not None
-    return b.op("index_select", *scores.operands, ratio=scores.attrs["ratio"], k=op.attrs["k"])
+    attrs = {name: scores.attrs[name] for name in ("ratio", "rounding")}
+    return b.op("index_select", *scores.operands, k=op.attrs["k"], **attrs)
 
 
 INDEX_SELECT = Rule(

@@ -5,10 +5,12 @@ The experts' weights become one lazy stack, so that a back end can index them by
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from dsv4c.ir import weights as w
+from dsv4c.ir.attrs import Attr
 from dsv4c.ir.dtypes import DType
 from dsv4c.ir.graph import Builder, Module, Op
 from dsv4c.ir.levels import Level
@@ -25,6 +27,7 @@ class _Expert:
     w3: WeightExpr
     w2: WeightExpr
     limit: float
+    rounding: str
 
 
 @dataclass(frozen=True)
@@ -49,16 +52,38 @@ class FuseExpertGemms(Pass):
         return fused
 
 
-_EXPERT = Pat("linear", (
-    Pat("scale_rows", (
-        Pat("clamped_swiglu", (
-            Pat("linear", (Pat(bind="x"), Pat("weight", bind="w1"))),
-            Pat("linear", (Pat(bind="x"), Pat("weight", bind="w3"))),
-        ), bind="act"),
-        Pat(bind="gate"),
-    )),
-    Pat("weight", bind="w2"),
-))  # fmt: skip
+def _round(x: Pat, rule: str, block: int = 0) -> Pat:
+    return Pat("round_values", (x,), attrs=(("rule", rule), ("block", block), ("channels", 0)))
+
+
+def _as_is(x: Pat) -> Pat:
+    return x
+
+
+def _to_bf16(x: Pat) -> Pat:
+    return _round(x, "bf16")
+
+
+def _expert_of(product: Callable[[Pat], Pat], hidden: Callable[[Pat], Pat]) -> Pat:
+    """A clamped SwiGLU MLP whose products and hidden values pass through the given roundings."""
+    return product(Pat("linear", (
+        hidden(Pat("scale_rows", (
+            Pat("clamped_swiglu", (
+                product(Pat("linear", (Pat(bind="x"), Pat("weight", bind="w1")))),
+                product(Pat("linear", (Pat(bind="x"), Pat("weight", bind="w3")))),
+            ), bind="act"),
+            Pat(bind="gate"),
+        ))),
+        Pat("weight", bind="w2"),
+    )))  # fmt: skip
+
+
+_EXPERTS = {
+    "none": _expert_of(_as_is, _as_is),
+    "bf16": _expert_of(_to_bf16, _to_bf16),
+    "e4m3": _expert_of(_to_bf16, lambda x: _round(_to_bf16(x), "e4m3", 128)),
+}
+"""What an expert looks like, by the `rounding` of the `expert_mlp` that it becomes."""
 
 
 def recognise(combine: Op) -> tuple[Op, list[_Expert]] | str:
@@ -66,7 +91,8 @@ def recognise(combine: Op) -> tuple[Op, list[_Expert]] | str:
     experts: list[_Expert] = []
     source: Op | None = None
     for index, y in enumerate(combine.operands[2:]):
-        outcome = match(_EXPERT, y)
+        outcomes = {rounding: match(pattern, y) for rounding, pattern in _EXPERTS.items()}
+        rounding, outcome = max(outcomes.items(), key=lambda o: (o[1].bindings is not None, o[1].depth))
         if outcome.bindings is None:
             return f"expert {index} is no clamped SwiGLU MLP: {outcome.reason}"
         found = outcome.bindings
@@ -76,24 +102,23 @@ def recognise(combine: Op) -> tuple[Op, list[_Expert]] | str:
         source = producer
         if found["x"] is not source.results[2 * index] or found["gate"] is not source.results[2 * index + 1]:
             return f"expert {index} reads the rows of another expert"
-        experts.append(
-            _expert(found["w1"].producer, found["w3"].producer, found["w2"].producer, found["act"].producer)
-        )
+        w1, w3, w2, act = (found[name].producer for name in ("w1", "w3", "w2", "act"))
+        experts.append(_expert(w1, w3, w2, act, rounding))
     if source is None or len(experts) != source.attrs["experts"]:
         return "the combine does not take every expert of its dispatch"
     if combine.operands[0] is not source.operands[1] or combine.operands[1] is not source.operands[3]:
         return "the combine scatters by other ids or padding than the dispatch gathered by"
-    if len({(e.w1.shape, e.w3.shape, e.w2.shape, e.limit) for e in experts}) != 1:
-        return "the experts differ in shape or limit"
+    if len({(e.w1.shape, e.w3.shape, e.w2.shape, e.limit, e.rounding) for e in experts}) != 1:
+        return "the experts differ in shape, limit or rounding"
     return source, experts
 
 
-def _expert(w1: Op | None, w3: Op | None, w2: Op | None, act: Op | None) -> _Expert:
+def _expert(w1: Op | None, w3: Op | None, w2: Op | None, act: Op | None, rounding: str) -> _Expert:
     assert w1 and w3 and w2 and act
     assert w1.weight and w3.weight and w2.weight
     limit = act.attrs["limit"]
     assert isinstance(limit, float)
-    return _Expert(w1.weight, w3.weight, w2.weight, limit)
+    return _Expert(w1.weight, w3.weight, w2.weight, limit, rounding)
 
 
 def _replace(module: Module, combine: Op, dispatch: Op, experts: list[_Expert]) -> list[Op]:
@@ -103,7 +128,8 @@ def _replace(module: Module, combine: Op, dispatch: Op, experts: list[_Expert]) 
     pairs = tuple(w.concat((w.cast(e.w1, common), w.cast(e.w3, common))) for e in experts)
     w13 = builder.weight(w.stack(pairs), f"{combine.loc}.experts.w13")
     w2 = builder.weight(w.stack(tuple(w.cast(e.w2, common) for e in experts)), f"{combine.loc}.experts.w2")
-    fused = builder.op("expert_mlp", *dispatch.operands, w13, w2, limit=experts[0].limit)
+    attrs: dict[str, Attr] = {"limit": experts[0].limit, "rounding": experts[0].rounding}
+    fused = builder.op("expert_mlp", *dispatch.operands, w13, w2, **attrs)
     combine.result.replace_with(fused)
     for name, value in module.outputs.items():
         if value is combine.result:

@@ -1,4 +1,4 @@
-"""Storage of weights: BF16 wherever the stored format fits it exactly, else F32."""
+"""Storage of weights: packed where a pipeline asks for it, BF16 where that fits exactly, else F32."""
 
 from __future__ import annotations
 
@@ -8,24 +8,39 @@ from typing import ClassVar
 from dsv4c.errors import PassError
 from dsv4c.ir import weights as w
 from dsv4c.ir.dtypes import DType
-from dsv4c.ir.graph import Module
+from dsv4c.ir.graph import Module, Op
+from dsv4c.ir.layouts import unpacked
 from dsv4c.ir.levels import Level
+from dsv4c.ir.packed import is_bf16, packed_form
 from dsv4c.ir.types import TensorType
 from dsv4c.ir.weights import WeightExpr
 
 from .base import Pass
 
-_MATRIX_READERS = frozenset({"linear", "grouped_linear", "expert_mlp", "embed"})
+_STORAGE = ("auto", "f32", "packed")
+
+_MATRIX_READERS = frozenset({"linear", "grouped_linear", "expert_mlp", "expert_statistics", "embed"})
+
+_MATRIX_OPERANDS = {"hc_pre": 1, "hc_post_pre": 4}
+"""Ops of which one operand is a matrix for a product."""
+
+PACKED_READERS = frozenset({"linear", "grouped_linear", "expert_mlp", "expert_statistics", "embed"})
+"""Ops that may read codes and scales in place of numbers."""
+
+_TABLE_READERS = frozenset({"engram_rows", "engram_fetch"})
+"""Decode the stored format themselves; their tables are far too large to be stored as anything else."""
 
 
 @dataclass(frozen=True)
 class NarrowWeights(Pass):
-    """Chooses the dtype in which each weight is stored.
+    """Chooses the form in which each weight is stored.
 
     Matrices whose every value is a BF16 number by construction (BF16 sources; FP8 and FP4 codes times a
     power of two) and that nothing but matrix products and embeddings reads are stored as BF16 under
-    `storage="auto"`; everything else, and everything under `storage="f32"`, as F32. Values do not change:
-    emission checks each cast.
+    `storage="auto"`; everything else, and everything under `storage="f32"`, as F32. `storage="packed"` is
+    "auto" but for weights that have a packed form and that only `PACKED_READERS` read: they stay codes and
+    scales, an f32 expression whose `packed_form` tells how it is stored. Values do not change: emission
+    checks each cast.
     """
 
     name: ClassVar[str] = "narrow_weights"
@@ -35,44 +50,53 @@ class NarrowWeights(Pass):
     storage: str = "auto"
 
     def run(self, module: Module) -> int:
-        if self.storage not in ("auto", "f32"):
-            raise PassError(f"option storage = {self.storage!r}", where=self.name, allowed="auto, f32")
+        if self.storage not in _STORAGE:
+            allowed = ", ".join(_STORAGE)
+            raise PassError(f"option storage = {self.storage!r}", where=self.name, allowed=allowed)
         changed = 0
         for op in module.weights():
             assert op.weight is not None
-            if not op.weight.dtype.is_float:
+            if not op.weight.dtype.is_float or _is_table(op):
                 continue
-            matrix = all(user.name in _MATRIX_READERS for user in op.result.users())
-            narrow = self.storage == "auto" and matrix and is_bf16(op.weight)
+            if self.storage == "packed" and stays_packed(op):
+                continue
+            matrix = all(reads_matrix(user, index) for user, index in op.result.uses)
+            narrow = self.storage != "f32" and matrix and is_bf16(op.weight)
             wanted = store_as(op.weight, DType.BF16 if narrow else DType.F32)
-            changed += wanted.dtype is not op.weight.dtype
+            changed += not wanted.same(op.weight)
             op.weight = wanted
             op.result.type = TensorType(wanted.dtype, op.result.type.shape)
         return changed
 
 
-def is_bf16(x: WeightExpr) -> bool:
-    """Whether every value is a BF16 number by construction of its format.
+def _is_table(op: Op) -> bool:
+    """Whether a `weight` op is looked up by row, in a format that its reader decodes."""
+    looked_up = any(user.name in _TABLE_READERS for user in op.result.users())
+    return looked_up and op.result.type.dtype is not DType.F16
 
-    FP8 and FP4 carry at most 4 significant bits and an E8M0 scale only moves the exponent.
-    """
-    match x.op:
-        case "source":
-            return x.dtype is DType.BF16
-        case "decode_fp8" | "decode_fp4":
-            return x.args[1].dtype is DType.F8E8M0
-        case "rope_frequencies":
-            return False
-        case _:
-            return all(is_bf16(a) for a in x.args)
+
+def reads_matrix(op: Op, index: int) -> bool:
+    """Whether operand `index` is a matrix for a product, whose kernel takes BF16."""
+    return op.name in _MATRIX_READERS or _MATRIX_OPERANDS.get(op.name) == index
+
+
+def stays_packed(op: Op) -> bool:
+    """Whether a `weight` op has a packed form, and no reader that needs numbers."""
+    readers = op.result.users()
+    packable = bool(readers) and all(user.name in PACKED_READERS for user in readers)
+    return packable and op.weight is not None and packed_form(op.weight) is not None
 
 
 def store_as(x: WeightExpr, dtype: DType) -> WeightExpr:
-    """`x` as `dtype`, with the cast moved below stacks and joins so that emission can stream."""
-    if x.dtype is dtype:
+    """`x` as `dtype`, with the cast moved below stacks and joins so that emission can stream.
+
+    What has a packed form and is wanted as F32 says so, or the emitter would leave it packed.
+    """
+    packed = dtype is DType.F32 and packed_form(x) is not None
+    if x.dtype is dtype and not packed:
         return x
     if x.op == "stack":
         return w.stack(tuple(store_as(a, dtype) for a in x.args))
     if x.op == "concat":
         return w.concat(tuple(store_as(a, dtype) for a in x.args))
-    return w.cast(x, dtype)
+    return unpacked(x) if packed else w.cast(x, dtype)

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from .base import Pass
 from .cleanup import EliminateDeadCode, MergeCommonSubexpressions
+from .fold_shared_expert import FoldSharedExpert
+from .fold_weights import FoldConstants, FoldNormScale
 from .fuse_elementwise import FuseIndexSelect, FuseSwiglu
 from .fuse_expert_gemms import FuseExpertGemms
+from .fuse_hyper import FuseHyper
+from .fuse_rotary import FuseNormRotary, FuseRotaryWrite
+from .instrument_experts import InstrumentExperts
+from .layout_engram import LayoutEngram
+from .merge_projections import MergeProjections
 from .narrow_weights import NarrowWeights
+from .plan_memory import PlanMemory
+from .prune_experts import PruneExperts
+from .quantise_activations import QuantiseActivations
+from .reference_rounding import ApplyReferenceRounding
+from .requantise import Requantise
 
 PASSES: dict[str, type[Pass]] = {
     p.name: p
@@ -16,6 +28,20 @@ PASSES: dict[str, type[Pass]] = {
         FuseSwiglu,
         FuseIndexSelect,
         FuseExpertGemms,
+        FoldSharedExpert,
+        MergeProjections,
+        FuseNormRotary,
+        FuseRotaryWrite,
+        FuseHyper,
+        FoldNormScale,
+        FoldConstants,
+        InstrumentExperts,
+        LayoutEngram,
         NarrowWeights,
+        PlanMemory,
+        PruneExperts,
+        ApplyReferenceRounding,
+        Requantise,
+        QuantiseActivations,
     )
 }

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from dsv4c.errors import ArtifactError, SessionError, ToolchainError
 from dsv4c.runtime.container import Artifact
+from dsv4c.runtime.undo import Undo
 
 Arr = npt.NDArray[Any]
 Positions = npt.NDArray[np.int64]
@@ -35,6 +36,9 @@ class OnnxBackend:
         ToolchainError: onnxruntime is not installed.
         ArtifactError: the artifact holds no ONNX model, or ONNX Runtime refuses it.
     """
+
+    undo: Undo | None = None
+    """A step that has begun reads no files, so none can fail in its middle."""
 
     def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
         self._session = open_session(artifact, threads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,9 @@ from dsv4c.errors import ArtifactError, SessionError, ToolchainError, UsageError
 
 from . import buffers, snapshot
 from .container import Artifact
+from .engram.options import TableOptions
 from .sampling import Sampler, SamplingParams
+from .undo import Undo
 
 Logits = npt.NDArray[np.float32]
 DEFAULT_CONTEXT = 4096
@@ -24,7 +27,9 @@ DEFAULT_CHUNK = 256
 
 
 class Backend(Protocol):
-    """What executes a step; one class per artifact format."""
+    """What executes a step; one class per artifact format. With `undo`, a step may fail in its middle."""
+
+    undo: Undo | None
 
     def step(
         self,
@@ -44,6 +49,7 @@ class Session:
         context: positions to make room for; up to the checkpoint's maximum. None is the smaller of that
             and 4096.
         threads: worker threads; None takes every core.
+        tables: how looked-up tables are read; None keeps what the artifact says.
 
     Raises:
         ArtifactError: the file is damaged or does not fit this machine.
@@ -56,6 +62,7 @@ class Session:
         batch: int = 1,
         context: int | None = None,
         threads: int | None = None,
+        tables: TableOptions | None = None,
     ) -> None:
         self.artifact = path if isinstance(path, Artifact) else Artifact.open(path)
         self.model: dict[str, Any] = self.artifact.meta["model"]
@@ -65,7 +72,7 @@ class Session:
         if context is not None and not 1 <= context <= longest:
             raise UsageError(f"context = {context}", where="Session", allowed=f"1 to {longest}")
         self.batch, self.context = batch, context or min(longest, DEFAULT_CONTEXT)
-        self.backend = load_backend(self.artifact, threads)
+        self.backend = load_backend(self.artifact, threads, tables)
         self.state = self._fresh()
 
     def _fresh(self) -> dict[str, npt.NDArray[Any]]:
@@ -153,15 +160,16 @@ class Session:
         ids, lengths = self._prompts(prompts, "prefill")
         last = np.zeros((self.batch, int(self.model["vocab_size"])), np.float32)
         longest = ids.shape[1]
-        for start in range(0, longest, chunk):
-            part = np.ascontiguousarray(ids[:, start : start + chunk])
-            valid = np.clip(lengths - start, 0, part.shape[1]).astype(np.int32)
-            rows = np.maximum(valid - 1, 0)[:, None].astype(np.int32)
-            logits = self.backend.step(part, valid, rows, self.state)[:, 0]
-            ends = (start < lengths) & (lengths <= start + chunk)
-            last[ends] = logits[ends]
-            if progress:
-                progress(min(start + chunk, longest), longest)
+        with self.backend.undo.guard(self.state, lengths) if self.backend.undo else nullcontext():
+            for start in range(0, longest, chunk):
+                part = np.ascontiguousarray(ids[:, start : start + chunk])
+                valid = np.clip(lengths - start, 0, part.shape[1]).astype(np.int32)
+                rows = np.maximum(valid - 1, 0)[:, None].astype(np.int32)
+                logits = self.backend.step(part, valid, rows, self.state)[:, 0]
+                ends = (start < lengths) & (lengths <= start + chunk)
+                last[ends] = logits[ends]
+                if progress:
+                    progress(min(start + chunk, longest), longest)
         return last
 
     def _prompts(
@@ -276,7 +284,7 @@ def dimension(text: str, sizes: dict[str, int]) -> int:
     return value // int(divisor) if divisor else value
 
 
-def load_backend(artifact: Artifact, threads: int | None) -> Backend:
+def load_backend(artifact: Artifact, threads: int | None, tables: TableOptions | None = None) -> Backend:
     """The backend of an artifact's format, after checking that this machine can run it."""
     if threads is not None and threads < 1:
         raise UsageError(f"threads = {threads}", where="Session", allowed="1 or more")
@@ -289,7 +297,7 @@ def load_backend(artifact: Artifact, threads: int | None) -> Backend:
         from .tvm_backend import TvmBackend
     except ImportError as error:
         raise ToolchainError(f"{error}", hint="pip install apache-tvm-ffi") from error
-    return TvmBackend(artifact, threads)
+    return TvmBackend(artifact, threads, tables)
 
 
 def _check_machine(artifact: Artifact) -> None:

@@ -20,6 +20,9 @@ from dsv4c.errors import ArtifactError
 
 from .buffers import aligned
 from .container import Artifact
+from .engram import TableOptions
+from .engram.calls import Tables
+from .undo import Undo
 
 _CPU, _POOLED = 1, 2
 _loaded: dict[str, Any] = {}
@@ -31,12 +34,18 @@ class TvmBackend:
 
     Args:
         threads: worker threads; None takes every core.
+        tables: how looked-up tables are read; None keeps what the artifact says.
+
+    Attributes:
+        undo: takes back a step that failed in its middle; None where no step can, because none reads a file.
 
     Raises:
-        ArtifactError: the code does not load on this machine.
+        ArtifactError: the code does not load on this machine, or a table does not fit.
     """
 
-    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+    def __init__(
+        self, artifact: Artifact, threads: int | None = None, tables: TableOptions | None = None
+    ) -> None:
         self.artifact = artifact
         cores = len(os.sched_getaffinity(0))
         # The pool is sized once per process, from this variable; by default it is half of the cores.
@@ -59,6 +68,8 @@ class TvmBackend:
         self._step = self._vm["step"]
         self._weights = [tvm_ffi.from_dlpack(artifact.array(n)) for n in artifact.meta["tvm"]["weights"]]
         self._bound: tuple[object, list[Any]] = (None, [])
+        self.tables = Tables(artifact, tables)
+        self.undo = Undo(artifact.meta["tvm"]["writes"]) if self.tables.fallible else None
 
     def step(
         self,
@@ -71,12 +82,43 @@ class TvmBackend:
 
         `state` is updated in place; its arrays must be 64-byte aligned.
         """
+        logits: npt.NDArray[np.float32]
+        (logits,) = self.call([np.asarray(a, np.int32) for a in (tokens, n_valid, rows)], state, 1)
+        return logits
+
+    def call(
+        self, inputs: Sequence[npt.NDArray[Any]], state: dict[str, npt.NDArray[Any]], results: int
+    ) -> list[npt.NDArray[Any]]:
+        """One step of any graph: its inputs in order, in their own dtypes -> copies of the first `results`.
+
+        `state` is updated in place; its arrays must be 64-byte aligned.
+
+        Raises:
+            SessionError: a looked-up table could not be read; `state` is as it was.
+        """
         if self._bound[0] is not state:
             names: Sequence[str] = list(self.artifact.meta["step"]["states"])
             self._bound = (state, [tvm_ffi.from_dlpack(state[name]) for name in names])
-        inputs = [tvm_ffi.from_dlpack(aligned(np.asarray(a, np.int32))) for a in (tokens, n_valid, rows)]
-        result = self._step(*inputs, *self._bound[1], *self._weights)
-        return np.array(np.from_dlpack(result[0]))
+        given = [tvm_ffi.from_dlpack(aligned(a)) for a in inputs]
+        result = self._run([*given, *self._bound[1], *self._weights, *self.tables.handles], inputs, state)
+        return [np.array(np.from_dlpack(result[i])) for i in range(results)]
+
+
+    def _run(
+        self, arguments: list[Any], inputs: Sequence[npt.NDArray[Any]], state: dict[str, npt.NDArray[Any]]
+    ) -> Any:
+        if self.undo is None:
+            return self._step(*arguments)
+        names = list(self.artifact.meta["tvm"]["inputs"])
+        counts = inputs[names.index("n_valid")] if "n_valid" in names else None
+        try:
+            with self.undo.guard(state, counts):
+                return self._step(*arguments)
+        except Exception as error:
+            failure = self.tables.clear()
+            if failure is None:
+                raise
+            raise failure from error
 
 
 def _load_runtime(artifact: Artifact) -> None:

@@ -64,7 +64,7 @@ class Target:
     ops: frozenset[str]
     formats: tuple[Format, ...]
     default_arch: Callable[[], str]
-    numerics: tuple[str, ...] = field(default=("exact",))
+    numerics: Mapping[str, str] = field(default_factory=lambda: {"exact": ""})
 
     def __post_init__(self) -> None:
         for what, names in (

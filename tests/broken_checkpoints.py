@@ -188,7 +188,7 @@ def _six(t: Tensors) -> None:
 
 QA, QA_SCALE = "layers.0.attn.wq_a.weight", "layers.0.attn.wq_a.scale"
 W1, W1_SCALE = "layers.1.ffn.experts.2.w1.weight", "layers.1.ffn.experts.2.w1.scale"
-TABLE = "layers.0.ffn.gate.tid2eid"
+TABLE, BIAS = "layers.0.ffn.gate.tid2eid", "layers.1.ffn.gate.bias"
 STACK = "model.layers.1.mlp.experts.gate_up_proj"
 I64, F32 = np.int64, np.float32
 
@@ -362,6 +362,11 @@ CONTENT: dict[str, Case] = {
     "f32 scale negative": Case(poke(QA_SCALE, F32(-1)), (QA_SCALE, "not finite and positive"), "f32 scales"),
     "norm nan": Case(poke("norm.weight", np.uint16(0x7FC0), 4), ("norm.weight", "NaN or infinite")),
     "sink infinite": Case(poke("layers.0.attn.attn_sink", F32(-np.inf)), ("attn_sink", "NaN or infinite")),
+    "bias nan": Case(poke(BIAS, F32(np.nan)), (BIAS, "NaN or infinite", "-inf for no choice")),
+    "bias infinite": Case(poke(BIAS, F32(np.inf)), (BIAS, "NaN or infinite", "-inf for no choice")),
+    "bias leaves too few": Case(
+        poke(BIAS, np.full(3, -np.inf, F32)), (BIAS, "choose among 1 experts", "at least 2")
+    ),
     "expert id too large": Case(poke(TABLE, I64(4), 16), (TABLE, "token 1 to expert 4", "0 to 3")),
     "expert id negative": Case(poke(TABLE, I64(-1)), (TABLE, "token 0 to expert -1")),
     "expert twice": Case(poke(TABLE, np.array([3, 3], I64), 32), (TABLE, "token 2 to one expert twice")),

@@ -38,9 +38,10 @@ class DictStore:
 
 
 class Case:
-    """A module under construction at level TARGET together with its weights."""
+    """A module under construction at level TARGET together with its weights; `target` compiles it."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: str = "cpu") -> None:
+        self.target = target
         self.module = Module("case", level=Level.TARGET)
         self.b, self.store = Builder(self.module), DictStore()
         self.b.loc = "case"
@@ -89,6 +90,13 @@ class Case:
         if self._compiled is None:
             self._compiled = _Compiled(self)
         found: dict[str, Arr] = self._compiled(inputs)
+        return found
+
+    def stored(self) -> dict[str, DType]:
+        """Parameter name -> element type of every weight as the kernels read it."""
+        if self._compiled is None:
+            self._compiled = _Compiled(self)
+        found: dict[str, DType] = self._compiled.stored
         return found
 
     def check(
@@ -152,13 +160,14 @@ class _Compiled:
 
         from dsv4c.targets import parse_target
         from dsv4c.targets.cpu.tvm.context import Context
-        from dsv4c.targets.cpu.tvm.emit import cross_attributes
+        from dsv4c.targets.cpu.tvm.emit import cross_attributes, simd_of
         from dsv4c.targets.cpu.tvm.lowering import LOWERINGS
 
         module = case.module
         shapes = [v.type.shape for v in module.arguments().values()]
         bound = frozenset(d.name for s in shapes for d in s if isinstance(d, Dim) and d.op == "sym")
-        context = Context(relax.BlockBuilder(), bound)
+        arch = parse_target(case.target)[1]
+        context = Context(relax.BlockBuilder(), bound, simd_of(arch))
         for name, value in module.arguments().items():
             context.values[value] = relax.Var(name, context.tensor(value.type))
         if "tokens" in module.inputs:
@@ -172,9 +181,10 @@ class _Compiled:
             context.builder.emit_func_output(results, params=[*arguments, *weights])
         self.names, self.outputs = list(module.arguments()), list(module.outputs)
         self.types = {name: v.type for name, v in module.arguments().items()}
-        target = tvm.target.Target({"kind": "llvm", **cross_attributes(parse_target("cpu")[1])})
+        target = tvm.target.Target({"kind": "llvm", **cross_attributes(arch)})
         executable = tvm.compile(context.builder.get(), target=target)
         self.step = relax.VirtualMachine(executable, tvm.cpu())["step"]
+        self.stored = {name: expr.dtype for name, (_, expr) in context.packed.items()}
         packed = [w.materialise(expr, case.store) for _, expr in context.packed.values()]
         self.weights = [self._tensor(array) for array in packed]
 

@@ -119,7 +119,7 @@ def ok_json(result: tuple[int, str, str]) -> Any:
 
 
 def test_every_command_on_disk_is_in_the_table() -> None:
-    texts = {path.name: path.read_text() for path in (ROOT / "cli").glob("*.py") if path.name != "base.py"}
+    texts = {path.name: path.read_text() for path in (ROOT / "cli").rglob("*.py") if path.name != "base.py"}
     declared = sum(text.count(" = Command(\n") for text in texts.values())
     assert declared == len(COMMANDS)
 

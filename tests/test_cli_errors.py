@@ -19,6 +19,7 @@ __all__ = ["built", "dsv4c"]  # fixtures: pytest finds them by name
 
 COMPILE = "compile {checkpoint} --target cpu"
 RUN = "run {artifact} --ids 1,2"
+CALIBRATE = "calibrate {checkpoint} -o {new}"
 
 BAD = [
     ("", "no command"),
@@ -81,6 +82,25 @@ BAD = [
     ("verify {missing}", "cannot be read"),
     ("bench {artifact}", "576 positions do not fit the model; allowed: at most 512"),
     ("bench {artifact} --repeat 0", "'0' is not an integer of at least 1"),
+    (CALIBRATE, "no text; allowed: --text FILE or --ids FILE"),
+    (CALIBRATE + " --text {missing}", "no such file"),
+    (CALIBRATE + " --text {empty}", "is empty"),
+    (CALIBRATE + " --text {artifact}", "is not UTF-8 text"),
+    (CALIBRATE + " --ids {empty}", "is empty; allowed: ids like 1 2 3"),
+    (CALIBRATE + " --ids {config}", "'{' is not part of a token id"),
+    (CALIBRATE + " --text {config} --max-tokens 0", "'0' is not an integer of at least 1"),
+    (CALIBRATE + " --text {config} --context 513", "context = 513; allowed: 1 to 512"),
+    (CALIBRATE + " --text {config} --target cpuq", "unknown target 'cpuq'"),
+    ("calibrate {checkpoint} --text {config} -o {missing}/s.npz", "the directory of the output does not"),
+    ("calibrate {checkpoint} --text {config} -o {directory}", "the output is a directory"),
+    ("calibrate {checkpoint} --text {config}", "the following arguments are required: -o/--output"),
+    ("calibrate {missing} --text {config} -o {new}", "config.json: no such file"),
+    ("compare {artifact} --text {config}", "the following arguments are required: AFTER"),
+    ("compare {artifact} {artifact}", "no text; allowed: --text FILE or --ids FILE"),
+    ("compare {artifact} {missing} --text {config}", "cannot be read: No such file"),
+    ("compare {artifact} {config} --text {config}", "this is not a dsv4c artifact"),
+    ("compare {bare} {artifact} --text {config}", "carries no tokenizer"),
+    ("compare {artifact} {artifact} --text {config} --context 513", "context = 513; allowed: 1 to 512"),
     ("opt {missing}", "no such file"),
     ("opt {config}", "config.json"),
     ("opt {artifact}", "is not UTF-8 text"),
@@ -149,7 +169,10 @@ def test_running_needs_no_compiler(built: Built, tmp_path: Path) -> None:
     text = run("run", built.artifact, "--prompt", "abc", "--max-new-tokens", 3)
     assert text.returncode == 0, text.stderr
     assert len(text.stdout) > 1
-    for words in (("verify", built.artifact), ("inspect", built.artifact), ("--help",)):
+    ids = tmp_path / "ids"
+    ids.write_text("5 6 7 8")
+    compared = ("compare", built.artifact, built.artifact, "--ids", ids)
+    for words in (("verify", built.artifact), ("inspect", built.artifact), compared, ("--help",)):
         assert run(*words).returncode == 0
     compiled = run("compile", built.checkpoint, "--target", "cpu", "-o", tmp_path / "m.dsv4")
     assert compiled.returncode == 2

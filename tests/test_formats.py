@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dsv4c.errors import CheckpointError
-from dsv4c.frontend.encode import encode_fp4, encode_fp8, pack_fp4, pow2_ceil, to_e2m1, to_e4m3
-from dsv4c.ir.dtypes import E2M1, DType, bf16_to_f32, decode, f32_to_bf16
+from dsv4c.frontend.encode import encode_fp4, encode_fp8
+from dsv4c.ir.dtypes import E2M1, DType, bf16_to_f32, decode, f32_to_bf16, pack
+from dsv4c.ir.encode import pow2_ceil, to_e2m1, to_e4m3
 from dsv4c.ir.weights import decode_fp4, decode_fp8, source, values
 
 ALL_BYTES = np.arange(256, dtype=np.uint8)
@@ -73,7 +74,7 @@ def test_e8m0_code(code: int) -> None:
 def test_low_nibble_comes_first() -> None:
     packed = np.array([[0x21, 0x7F]], np.uint8)
     assert decode(packed, DType.F4E2M1X2).tolist() == [[0.5, 1.0, -6.0, 6.0]]
-    assert pack_fp4(np.array([[1, 2, 15, 7]], np.uint8)).tolist() == packed.tolist()
+    assert pack(np.array([[1, 2, 15, 7]], np.uint8)).tolist() == packed.tolist()
 
 
 def test_signed_bytes_hold_the_same_codes() -> None:

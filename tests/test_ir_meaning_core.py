@@ -41,6 +41,26 @@ def test_router() -> None:
     assert value(c, t=[[1, 0, 1]]).tolist() == [[[2, 3], [0, 1], [2, 3]]]
 
 
+def test_expert_statistics() -> None:
+    """Two real tokens, 1 and 3 (clamped to 2 inside), and one of padding, on top of what was counted."""
+    c = Case()
+    x, ids, g, n = c.f32("x", B, T, 1), c.i32("ids", B, T, 2), c.f32("g", B, T, 2), c.i32("n_valid", B)
+    w13 = c.weight_of("w13", np.array([[[1.0], [2.0]], [[0.0], [1.0]], [[1.0], [1.0]]], np.float32))
+    w2 = c.weight_of("w2", np.array([[[3.0]], [[5.0]], [[-4.0]]], np.float32))
+    counts = c.state("counts", 3, 3)
+    c.op("expert_statistics", counts, x, ids, g, n, w13, w2, limit=2.0)
+    c.module.outputs["counts"] = c.module.outputs.pop("expert_statistics")
+    start = np.array([[10.0, 20.0, 30.0], [0, 0, 0], [0, 0, 0]])
+    found = value(c, x=[[[1.0], [3.0], [7.0]]], ids=[[[0, 1], [2, 0], [0, 1]]], n_valid=[2], counts=start,
+                  g=[[[0.5, 0.25], [2.0, 1.0], [9.0, 9.0]]])  # fmt: skip
+    silu1, silu2 = 1 / (1 + exp(-1)), 2 / (1 + exp(-2))
+    close(found, [
+        [12, 20 + 0.5 + 1, 30 + 0.5 * silu1 * 2 * 3 + 1 * silu2 * 2 * 3],
+        [1, 0.25, 0],  # silu(0) = 0
+        [1, 2, 2 * silu2 * 2 * 4],  # a norm has no sign
+    ])  # fmt: skip
+
+
 def test_dispatch_and_combine() -> None:
     """Rows by expert in token order; padding is dropped; combine adds them up again."""
     c = Case()

@@ -22,8 +22,11 @@ INDEX = ("f32[B, T, 3, 16]", "f32[B, T, 3]", "f32[B, ctx//4, 16]", "i32[B]", "i3
 ATTENTION = ("f32[B, T, 3, 16]", "f32[B, T, 16]", "f32[B, 8, 16]", "f32[3]", "i32[B]", "i32[B]",
              "f32[B, ctx//4, 16]", "i32[B, T, 5]")  # fmt: skip
 EPS = {"eps": 1e-6}
+NGRAM = {"pad": 2, "multipliers": (3, 5, 7), "primes": (5, 7, 3, 11), "offsets": (0, 5, 12, 15), "heads": 2,
+         "dead": True}  # fmt: skip
 HC_EPS = {"eps": 1e-6, "norm_eps": 1e-6}
 
+STORE = {"store": "t", "tier": "disk", "cache_bytes": 9000, "record": 80, "page": 4096}
 VALID: dict[str, Use] = {
     "embed": (("i32[B, T]", "bf16[61, 6]"), {}, ("f32[B, T, 6]",)),
     "repeat_streams": (("f32[B, T, 6]",), {"n": 4}, ("f32[B, T, 4, 6]",)),
@@ -64,14 +67,50 @@ VALID: dict[str, Use] = {
     "route_weights": (("f32[B, T, 6]", "i32[B, T, 2]"), {"factor": 1.5, "eps": 1e-20}, ("f32[B, T, 2]",)),
     "dispatch": (("f32[B, T, 6]", "i32[B, T, 2]", "f32[B, T, 2]", "i32[B]"), {"experts": 2, "label": "R"},
                  ("f32[R.0, 6]", "f32[R.0]", "f32[R.1, 6]", "f32[R.1]")),
+    "round_values": (("f32[B, T, 6]",), {"rule": "e4m3", "block": 4, "channels": 5}, ("f32[B, T, 6]",)),
+    "hadamard": (("f32[B, T, 3, 8]",), {}, ("f32[B, T, 3, 8]",)),
     "scale_rows": (("f32[R.0, 6]", "f32[R.0]"), {}, ("f32[R.0, 6]",)),
     "combine": (("i32[B, T, 2]", "i32[B]", "f32[R.0, 6]", "f32[R.1, 6]"), {}, ("f32[B, T, 6]",)),
     "expert_mlp": (("f32[B, T, 6]", "i32[B, T, 2]", "f32[B, T, 2]", "i32[B]", "bf16[4, 10, 6]",
                     "bf16[4, 6, 5]"),
                    {"limit": 10.0}, ("f32[B, T, 6]",)),
+    "split_columns": (("f32[B, T, 6]",), {"widths": (1, 5)}, ("f32[B, T, 1]", "f32[B, T, 5]")),
+    "norm_rotary": (("f32[B, T, 3, 6]", "f32[B, T, 2]", "f32[B, T, 2]", "f32[6]"), EPS, ("f32[B, T, 3, 6]",)),
+    "entries_close": (("f32[B, ctx//4, 3]", "f32[B, T, 6]", "f32[B, T, 6]", "f32[B, 8, 6]", "f32[B, 8, 6]",
+                       "f32[3]", "f32[B, (T+3)//4, 1]", "f32[B, (T+3)//4, 1]", "i32[B]", "i32[B]"),
+                      {"ratio": 4, "overlap": True, **EPS}, ("f32[B, ctx//4, 3]",)),
+    "hc_pre": ((*HC, "f32[6]"), {**HC_EPS, "iters": 20, "out_eps": 1e-6},
+               ("f32[B, T, 6]", "f32[B, T, 2]", "f32[B, T, 2, 2]")),
+    "hc_post_pre": ((HC[0], "f32[B, T, 6]", "f32[B, T, 2]", "f32[B, T, 2, 2]", *HC[1:], "f32[6]"),
+                    {**HC_EPS, "iters": 20, "out_eps": 1e-6},
+                    ("f32[B, T, 2, 6]", "f32[B, T, 6]", "f32[B, T, 2]", "f32[B, T, 2, 2]")),
+    "add_route": (("i32[B, T, 2]", "f32[B, T, 2]"), {"expert": 4}, ("i32[B, T, 3]", "f32[B, T, 3]")),
+    "expert_statistics": (("f32[4, 3]", "f32[B, T, 6]", "i32[B, T, 2]", "f32[B, T, 2]", "i32[B]",
+                           "bf16[4, 10, 6]", "bf16[4, 6, 5]"), {"limit": 10.0}, ("f32[4, 3]",)),
+    "add_bias": (("f32[B, T, 6]", "f32[6]"), {}, ("f32[B, T, 6]",)),
+    "compress_tokens": (("i32[B, T]", "i32[61]"), {"dead": True, "dead_token": 7}, ("i32[B, T]",)),
+    "ngram_rows": (("i32[B, T]", "i32[B, 3]", "i32[B]", "i32[B]"), NGRAM, ("i32[B, T, 4]",)),
+    "ngram_history": (("i32[B, 3]", "i32[B, T]", "i32[B]", "i32[B]"), {}, ("i32[B, 3]",)),
+    "engram_prefetch": (("i32[B, T, 4]",), {"store": "t"}, ("i32[B, T, 4]",)),
+    "engram_fetch": (
+        ("i32[B, T, 4]", "f8e4m3[26, 64]", "i32[3]", "f8e8m0[26, 2]"), STORE, ("f32[B, T, 256]",),
+    ),
+    "engram_rows": (("i32[B, T, 4]", "f8e4m3[26, 64]", "f8e8m0[26, 2]"), {}, ("f32[B, T, 256]",)),
+    "engram_gate": (("f32[B, T, 2, 6]", "f32[B, T, 18]", "f32[2, 6]", "f32[2, 6]", "i32[B, T]"),
+                    {"eps": 1e-20, "copysign": True, "residual": True, "floor": 1e-6}, ("f32[B, T, 2, 6]",)),
+    "stream_norm": (("f32[B, T, 2, 6]", "f32[2, 6]"), EPS, ("f32[B, T, 12]",)),
+    "short_conv": (("f32[B, T, 12]", "f32[B, 9, 12]", "f32[12, 4]", "i32[B]", "i32[B]"), {"dilation": 3},
+                   ("f32[B, T, 12]",)),
 }  # fmt: skip
 
 WRONG_SHAPES = [
+    ("split_columns", 0, "f32[B, T, 7]"), ("split_columns", 0, "f32[B, T, C]"),
+    ("norm_rotary", 3, "f32[7]"), ("norm_rotary", 1, "f32[B, L, 2]"), ("norm_rotary", 0, "f32[B, T, 3, 3]"),
+    ("entries_close", 0, "f32[B, ctx//4, 4]"), ("entries_close", 2, "f32[B, T, 7]"),
+    ("entries_close", 3, "f32[B, 4, 6]"), ("entries_close", 5, "f32[6]"),
+    ("entries_close", 6, "f32[B, T, 1]"), ("hc_pre", 1, "f32[8, 13]"),
+    ("hc_pre", 4, "f32[12]"), ("hc_post_pre", 1, "f32[B, T, 7]"),
+    ("hc_post_pre", 3, "f32[B, T, 2, 3]"), ("hc_post_pre", 4, "f32[9, 12]"), ("add_route", 1, "f32[B, T, 3]"),
     ("linear", 1, "f32[5, 7]"), ("grouped_linear", 1, "f32[11, 12]"), ("grouped_linear", 1, "f32[10, 13]"),
     ("grouped_linear", 0, "f32[B, T, H, 6]"), ("rms_norm", 1, "f32[7]"), ("add", 1, "f32[B, T, 7]"),
     ("split_heads", 0, "f32[B, T, 7]"), ("split_heads", 0, "f32[B, T, C]"), ("swiglu", 0, "f32[B, L, 6]"),
@@ -85,12 +124,40 @@ WRONG_SHAPES = [
     ("hc_mix", 1, "f32[8, 13]"), ("hc_mix", 1, "f32[9, 12]"), ("hc_mix", 0, "f32[B, T, n, 6]"),
     ("hc_collapse", 1, "f32[B, T, 3]"), ("hc_expand", 1, "f32[B, T, 7]"), ("hc_expand", 3, "f32[B, T, 2, 3]"),
     ("hc_head_mix", 1, "f32[3, 12]"), ("route_topk", 1, "f32[7]"), ("route_topk", 0, "f32[B, T, E]"),
+    ("round_values", 0, "f32[B, T]"), ("hadamard", 0, "f32[B, T]"), ("hadamard", 0, "f32[B, T, 12]"),
     ("scale_rows", 1, "f32[R.1]"), ("expert_mlp", 4, "bf16[4, 10, 7]"), ("expert_mlp", 5, "bf16[4, 6, 6]"),
-    ("expert_mlp", 5, "bf16[3, 6, 5]"),
+    ("expert_mlp", 5, "bf16[3, 6, 5]"), ("expert_statistics", 0, "f32[5, 3]"),
+    ("expert_statistics", 0, "f32[4, 2]"), ("expert_statistics", 2, "i32[B, L, 2]"),
+    ("expert_statistics", 6, "bf16[4, 6, 6]"),
+    ("add_bias", 1, "f32[7]"), ("ngram_rows", 1, "i32[B, 1]"), ("ngram_rows", 1, "i32[C, 3]"),
+    ("ngram_rows", 1, "i32[B, n]"), ("ngram_history", 1, "i32[C, T]"), ("engram_rows", 2, "f8e8m0[27, 2]"),
+    ("engram_prefetch", 0, "i32[B, T]"), ("engram_fetch", 1, "f8e4m3[26, n]"), ("engram_fetch", 2, "i32[27]"),
+    ("engram_fetch", 2, "f32[3]"), ("engram_fetch", 3, "f8e8m0[27, 2]"), ("engram_fetch", 3, "f8e8m0[26, 3]"),
+    ("engram_fetch", 3, "f32[26, 2]"), ("engram_fetch", 1, "bf16[26, 64]"),
+    ("engram_rows", 2, "f8e8m0[26, 3]"), ("engram_rows", 2, "f32[26, 2]"),
+    ("engram_rows", 1, "bf16[26, 64]"), ("engram_rows", 0, "i32[B, T, C]"),
+    ("engram_gate", 1, "f32[B, T, 12]"),
+    ("engram_gate", 2, "f32[2, 7]"), ("engram_gate", 3, "f32[3, 6]"), ("engram_gate", 4, "i32[B, L]"),
+    ("stream_norm", 1, "f32[2, 7]"), ("short_conv", 1, "f32[B, 8, 12]"), ("short_conv", 1, "f32[B, 9, 11]"),
+    ("short_conv", 2, "f32[11, 4]"), ("short_conv", 2, "f32[12, 5]"),
 ]  # fmt: skip
 
-WRONG_VALUES = [("route_topk", {"k": 7}), ("grouped_linear", {"groups": 3}), ("split_heads", {"heads": 4}),
-                ("compress", {"ratio": 8}), ("compress", {"overlap": False})]  # fmt: skip
+WRONG_VALUES = [("split_columns", {"widths": (6, 0)}), ("entries_close", {"ratio": 8}),
+                ("entries_close", {"overlap": False}),
+                ("round_values", {"rule": "fp8"}), ("round_values", {"channels": 7}),
+                ("round_values", {"block": -1}), ("unit_norm", {"rounding": "bf16"}),
+                ("attention", {"rounding": "bf16"}), ("index_scores", {"rounding": "yes"}),
+                ("index_select", {"rounding": ""}), ("expert_mlp", {"rounding": "reference"}),
+                ("route_topk", {"k": 7}), ("grouped_linear", {"groups": 3}), ("split_heads", {"heads": 4}),
+                ("compress", {"ratio": 8}), ("compress", {"overlap": False}),
+                ("ngram_rows", {"heads": 3}), ("ngram_rows", {"heads": 0}),
+                ("ngram_rows", {"offsets": (0, 5)}),
+                ("ngram_rows", {"primes": (5, 7, 3, 2**31)}), ("ngram_rows", {"primes": (5, 7, 3, 0)}),
+                ("ngram_rows", {"multipliers": (3,)}), ("short_conv", {"dilation": 4}),
+                ("engram_fetch", {"record": 64}), ("engram_fetch", {"record": 72}),
+                ("engram_fetch", {"page": 80}),
+                ("engram_fetch", {"page": 0}), ("engram_fetch", {"tier": "tape"}),
+                ("short_conv", {"dilation": 0})]  # fmt: skip
 
 
 def make(name: str, types: tuple[str, ...], attrs: dict[str, Any]) -> Op:
@@ -112,7 +179,10 @@ def test_a_valid_use_gives_the_declared_results(name: str) -> None:
 @pytest.mark.parametrize(("name", "index"), [(n, i) for n, use in VALID.items() for i in range(len(use[0]))])
 def test_an_operand_of_another_rank_is_refused(name: str, index: int) -> None:
     """Element-wise ops and norms without a weight take any rank."""
-    if name in ("unit_norm", "scale", "clamp", "sqrt_softplus", "linear") and index == 0:
+    if (
+        name in ("unit_norm", "split_columns", "round_values", "scale", "clamp", "sqrt_softplus", "linear")
+        and index == 0
+    ):
         return
     types, attrs, _ = VALID[name]
     odd = [*types[:index], "f32[2, 3, 5, 7, 11]", *types[index + 1 :]]
@@ -198,7 +268,10 @@ def test_level_tables_name_ops_that_exist() -> None:
 
 def test_consumed_operands_have_the_type_of_the_result() -> None:
     consuming = {name: d.consumes for name, d in OPS.items() if d.consumes is not None}
-    assert consuming == {"advance": 0, "ring_write": 0, "entries_append": 0}
+    assert consuming == {
+        "advance": 0, "ring_write": 0, "entries_append": 0, "expert_statistics": 0, "ngram_history": 0,
+        "entries_close": 0,
+    }  # fmt: skip
     for name in consuming:
         types, _, results = VALID[name]
         assert types[0] == results[0]

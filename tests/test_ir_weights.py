@@ -7,9 +7,11 @@ import pytest
 from support import Arr, DictStore
 
 from dsv4c.errors import CompileError, IRError
+from dsv4c.ir import layouts
 from dsv4c.ir import weights as w
 from dsv4c.ir.dtypes import DType, f32_to_bf16
 from dsv4c.ir.lexer import Cursor
+from dsv4c.ir.quantised import QUANTISED_OPS
 from dsv4c.ir.text import parse_weight, print_weight
 from dsv4c.ir.weights import WEIGHT_OPS, WeightExpr, materialise, stream, values
 
@@ -30,6 +32,7 @@ A, A2 = source("a", 5, 6), source("a2", 5, 6)
 CUBE = source("cube", 3, 4, 6)
 CODES = STORE.add("codes", DType.F8E4M3, np.arange(15, dtype=np.uint8).reshape(3, 5) * 8)
 TILES = STORE.add("tiles", DType.F8E8M0, np.array([[127, 128, 126], [129, 127, 130]], np.uint8))
+BYTES = STORE.add("bytes", DType.F8E4M3, np.arange(30, dtype=np.uint8).reshape(5, 6))
 NIBBLES = STORE.add("nibbles", DType.F4E2M1X2, np.arange(36, dtype=np.uint8).reshape(2, 18) * 7)
 GROUPS = STORE.add("groups", DType.F8E8M0, np.array([[127, 128], [126, 129]], np.uint8))
 
@@ -73,6 +76,7 @@ def paired(width: int) -> Arr:
 
 
 TALL = source("tall", 10, 6)
+TABLE = STORE.add("layers.0.ffn.gate.tid2eid", DType.I32, np.array([[3, 2], [1, 2]]))
 
 CASES: dict[str, list[tuple[WeightExpr, Arr]]] = {
     "source": [(A, array("a"))],
@@ -98,6 +102,25 @@ CASES: dict[str, list[tuple[WeightExpr, Arr]]] = {
     ],
     "pair_rows": [(w.pair_rows(TALL, 2), paired(2)), (w.pair_rows(TALL, 5), paired(5)),
                   (w.pair_rows(TALL, 8), paired(8))],
+    # panels of 3 rows; each row's bytes in fours, filled up with zeros
+    "lane_words": [(layouts.lane_words(BYTES, 3),
+                    np.array([[[[0, 1, 2, 3], [6, 7, 8, 9], [12, 13, 14, 15]],
+                               [[4, 5, 0, 0], [10, 11, 0, 0], [16, 17, 0, 0]]],
+                              [[[18, 19, 20, 21], [24, 25, 26, 27], [0, 0, 0, 0]],
+                               [[22, 23, 0, 0], [28, 29, 0, 0], [0, 0, 0, 0]]]], np.uint8))],
+    "row_scales": [(layouts.row_scales(TILES, 3, 2),
+                    np.array([[127, 128, 126], [127, 128, 126], [129, 127, 130]], np.uint8)),
+                   (layouts.row_scales(TILES, 2, 1), np.array([[127, 128, 126], [129, 127, 130]], np.uint8))],
+    "unpacked": [(layouts.unpacked(A), array("a"))],
+    "reroute": [
+        # expert 1 goes: token 0 finds 2 taken and gets 0 instead, token 2 gets the nearest, which is 2
+        (w.reroute(STORE.add("table", DType.I32, np.array([[3, 1], [0, 2], [1, 0]])), 4,
+                   (0, -1, 2, 0, 1, -1, 2, -1)), np.array([[2, 0], [0, 1], [2, 0]])),
+        # 0 and 1 go: the earlier slot chooses first, whatever the ids
+        (w.reroute(STORE.add("ids64", DType.I64, np.array([[1, 0, 3], [0, 1, 2]])), 5,
+                   (2, 0, 1, 2, 0, 1, 0, -1, -1, 1, -1, -1, 2, -1, -1)),
+         np.array([[2, 0, 1], [2, 1, 0]])),
+    ],
     "rope_frequencies": [(w.rope_frequencies(4, 100.0), np.array([1.0, 0.1], np.float32))],
 }  # fmt: skip
 ALL = [(name, expr, want) for name, cases in CASES.items() for expr, want in cases]
@@ -105,7 +128,7 @@ NESTED = w.stack((w.concat((w.cast(A, BF16), w.cast(A2, BF16))), w.cast(w.pair_r
 
 
 def test_every_weight_operation_is_exercised_here() -> None:
-    assert set(CASES) == set(WEIGHT_OPS)
+    assert set(CASES) == set(WEIGHT_OPS) - set(QUANTISED_OPS)  # those are in test_requantise_weights
     assert all(expr.op == name for name, expr, _ in ALL)
 
 
@@ -185,12 +208,28 @@ def test_nan_survives_a_cast() -> None:
         (lambda: w.reshape(A, (4, 7)), "changes the element count"),
         (lambda: w.panel(CUBE, 4), "panel takes a matrix"),
         (lambda: w.pair_rows(A, 4), "two halves"),
+        (lambda: w.reroute(A, 2, (0, 1)), "reroute takes a table of ids, got f32"),
+        (lambda: w.reroute(TABLE, 3, (0, 1)), "a row of choices for each of 3 experts"),
+        (lambda: w.reroute(TABLE, 0, ()), "a row of choices for each of 0 experts"),
     ],
 )
 def test_expressions_that_do_not_fit_are_refused(build: object, what: str) -> None:
     assert callable(build)
     with pytest.raises(IRError, match=what):
         build()
+
+
+@pytest.mark.parametrize(
+    ("choices", "what"),
+    [
+        ((0, 1, 2), "token 0 goes to an expert beyond 2"),
+        ((0, 1, 1, 0), "token 1 finds no distinct experts"),
+        ((0, 1, 2, 2), "token 0 finds no distinct experts"),
+    ],
+)
+def test_a_table_that_cannot_be_rerouted_names_the_token(choices: tuple[int, ...], what: str) -> None:
+    with pytest.raises(CompileError, match=f"layers.0.ffn.gate.tid2eid: {what}"):
+        materialise(w.reroute(TABLE, len(choices), choices), STORE)
 
 
 def test_rotary_frequencies_of_the_specification() -> None:

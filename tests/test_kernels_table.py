@@ -33,8 +33,14 @@ def factories() -> dict[str, Callable[..., Any]]:
     return found
 
 
+def lowering_text() -> str:
+    """The source of every file of lowerings."""
+    files = sorted(Path(lowering.__file__).parent.glob("lowering*.py"))
+    return "".join(file.read_text(encoding="utf-8") for file in files)
+
+
 def test_the_target_takes_exactly_what_is_lowered() -> None:
-    assert set(lowering.LOWERINGS) == set(target.OPS) <= set(OPS)
+    assert set(lowering.LOWERINGS) == target.CPU.legal("tvm") <= set(OPS)
 
 
 def test_a_lowering_has_the_stem_of_its_op() -> None:
@@ -44,7 +50,7 @@ def test_a_lowering_has_the_stem_of_its_op() -> None:
 
 @pytest.mark.parametrize("name", factories())
 def test_every_kernel_is_reached_by_a_lowering(name: str) -> None:
-    assert re.search(rf"\b{re.escape(name)}\b", inspect.getsource(lowering))
+    assert re.search(rf"\b{re.escape(name)}\b", lowering_text())
 
 
 @pytest.mark.parametrize("name", factories())

@@ -168,7 +168,7 @@ class Mistyper(Pass):
 
 def test_a_pass_that_leaves_a_misfit_is_named() -> None:
     with pytest.raises(
-        PassError, match=r"mistyper: left ops that do not type-check: .*add needs equal shapes"
+        PassError, match=r"mistyper: left a broken graph: .*add needs equal shapes"
     ):
         run_pipeline(small(), (Mistyper(),))
 
@@ -190,7 +190,26 @@ def evaluate(module: Module) -> dict[str, np.ndarray]:
     return out
 
 
-PIPELINES = [*PASSES, *sorted({f.passes for t in TARGETS.values() for f in t.formats})]
+def is_exact(text: str) -> bool:
+    return not any(p.effect().changes for p in parse_pipeline(text))
+
+
+EVERY = [*PASSES, *sorted({f.passes for t in TARGETS.values() for f in t.formats})]
+PIPELINES = [text for text in EVERY if is_exact(text)]
+IDLE = {
+    "eliminate_dead_code": "the front end leaves it no work",
+    "merge_common_subexpressions": "the front end leaves it no work",
+    "prune_experts": "its default removes what no token can choose, and here every expert is chosen",
+    "fold_norm_scale": "no norm of a random model has powers of two for scales",
+    "fold_constants": "the front end leaves it no work",
+    "plan_memory": "it changes nothing and leaves a note",
+}
+FIRST = {
+    "instrument_experts": "fuse_swiglu,fuse_expert_gemms",
+    "fold_shared_expert": "fuse_swiglu,fuse_expert_gemms,narrow_weights",
+    "fuse_rotary_write": "fuse_swiglu,fuse_norm_rotary",
+}
+"""What a pass needs before it to have work; the others need at most to reach their level."""
 
 
 @pytest.mark.parametrize("text", PIPELINES)
@@ -200,14 +219,11 @@ def test_no_pass_changes_a_number(text: str, tiny_model: Module) -> None:
     changed = clone(tiny_model)
     passes = parse_pipeline(text)
     if changed.level not in passes[0].takes:
-        run_pipeline(changed, parse_pipeline("fuse_swiglu"))
+        run_pipeline(changed, parse_pipeline(FIRST.get(text, "fuse_swiglu")))
     records = run_pipeline(changed, passes)
     after = evaluate(changed)
-    assert before.keys() == after.keys()
+    assert before.keys() <= after.keys()  # a pass may add states of its own
     for name, want in before.items():
         np.testing.assert_allclose(after[name], want, rtol=1e-12, atol=1e-12, err_msg=name)
-    if text not in (
-        "eliminate_dead_code",
-        "merge_common_subexpressions",
-    ):  # the front end leaves them no work
+    if text not in IDLE:
         assert sum(r.changes for r in records) > 0 and print_module(changed) != print_module(tiny_model)

@@ -7,6 +7,10 @@ import numpy as np
 from dsv4c.ir.graph import Op
 
 from .core import Arr, integer, number
+from .quantise import bf16
+
+BLOCK = 64
+"""Slots of one step of the reference's online softmax."""
 
 
 def rope_angles(op: Op, positions: Arr, frequencies: Arr) -> tuple[Arr, Arr]:
@@ -66,8 +70,11 @@ def index_scores(op: Op, q: Arr, weights: Arr, keys: Arr, pos: Arr, n_valid: Arr
     for b in range(b_):
         for t in range(n_valid[b]):
             n = _visible(pos, b, t, ratio)
-            dots = np.maximum(keys[b, :n] @ q[b, t].T, 0)
-            out[b, t, :n] = dots @ weights[b, t]
+            dots = keys[b, :n] @ q[b, t].T
+            if op.attrs["rounding"] == "none":
+                out[b, t, :n] = np.maximum(dots, 0) @ weights[b, t]
+            else:
+                out[b, t, :n] = bf16(bf16(np.maximum(bf16(dots), 0) * weights[b, t]).sum(axis=1))
     return out
 
 
@@ -102,7 +109,28 @@ def attention(
                     seen = selected[b, t][selected[b, t] >= 0]
                 keys = np.concatenate([keys, entries[b, seen]])
             logits = (q[b, t] @ keys.T) * factor
+            if op.attrs["rounding"] == "reference":
+                out[b, t] = _online(logits, keys, sinks, range(len(spots), window))
+                continue
             top = np.maximum(logits.max(axis=1), sinks)[:, None]
             p_ = np.exp(logits - top)
             out[b, t] = (p_ @ keys) / (p_.sum(axis=1, keepdims=True) + np.exp(sinks[:, None] - top))
     return out
+
+
+def _online(logits: Arr, keys: Arr, sinks: Arr, unused: range) -> Arr:
+    """[H,D] of logits [H,N] and keys [N,D] in blocks of 64 slots, probabilities in BF16 (section 4.1 step 4).
+
+    `unused` are the slots of a window that is not full yet; they stand between its keys and the entries.
+    """
+    slots = np.delete(np.arange(keys.shape[0] + len(unused)), unused)
+    out, total = np.zeros((len(logits), keys.shape[1]), keys.dtype), np.zeros((len(logits), 1), keys.dtype)
+    top = np.full((len(logits), 1), -np.inf, keys.dtype)
+    for block in np.unique(slots // BLOCK):
+        here = slots // BLOCK == block
+        new_top = np.maximum(top, logits[:, here].max(axis=1, keepdims=True))
+        p, shrink = np.exp(logits[:, here] - new_top), np.exp(top - new_top)
+        out, total = out * shrink + bf16(p) @ keys[here], total * shrink + p.sum(axis=1, keepdims=True)
+        top = new_top
+    result: Arr = out / (total + np.exp(sinks[:, None] - top))
+    return result

@@ -9,6 +9,8 @@ import numpy.typing as npt
 
 from dsv4c.ir.graph import Op
 
+from .quantise import bf16
+
 Arr = npt.NDArray[Any]
 
 
@@ -46,12 +48,20 @@ def grouped_linear(op: Op, x: Arr, w: Arr) -> Arr:
 
 
 def unit_norm(op: Op, x: Arr) -> Arr:
-    out: Arr = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(number(op, "eps")))
-    return out
+    eps = x.dtype.type(number(op, "eps"))
+    if op.attrs["rounding"] == "none":
+        return _unit(x, eps)
+    mean = bf16(np.mean(bf16(x * x), axis=-1, keepdims=True))
+    return bf16(x * bf16(1 / np.sqrt(bf16(mean + eps))))
 
 
 def rms_norm(op: Op, x: Arr, w: Arr) -> Arr:
-    return unit_norm(op, x) * w
+    return _unit(x, x.dtype.type(number(op, "eps"))) * w
+
+
+def _unit(x: Arr, eps: np.generic) -> Arr:
+    out: Arr = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+    return out
 
 
 def split_heads(op: Op, x: Arr) -> Arr:
@@ -60,6 +70,10 @@ def split_heads(op: Op, x: Arr) -> Arr:
 
 def add(op: Op, a: Arr, b: Arr) -> Arr:
     return a + b
+
+
+def add_bias(op: Op, x: Arr, bias: Arr) -> Arr:
+    return x + bias
 
 
 def scale(op: Op, x: Arr) -> Arr:

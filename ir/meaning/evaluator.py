@@ -15,13 +15,17 @@ import numpy.typing as npt
 from dsv4c.errors import EvalError
 from dsv4c.ir import weights as lazy
 from dsv4c.ir.dims import Dim
+from dsv4c.ir.dtypes import decode
 from dsv4c.ir.graph import Module, Op, Value
 from dsv4c.ir.types import TensorType
 
-from . import attention, core, hyper, moe, state
+from . import attention, core, engram, engram_store, fused, hyper, moe, rounding, state
 from .core import Arr
 
-_FAMILIES = (core, state, attention, hyper, moe)
+_FAMILIES = (core, state, attention, hyper, moe, rounding, engram, engram_store, fused)
+
+_TABLES = {"engram_rows": (1, 2), "engram_fetch": (1, 3)}
+"""Ops that look rows up, and which of their operands are tables; row ids come first."""
 
 
 def meaning_of(name: str) -> Callable[..., Arr | tuple[Arr, ...]] | None:
@@ -97,7 +101,7 @@ class Evaluator:
             function = meaning_of(op.name)
             assert function is not None, op.name
             empty = self._no_rows(op, values)
-            result = function(op, *(self._value(v, values) for v in op.operands)) if empty is None else empty
+            result = function(op, *self._operands(op, values)) if empty is None else empty
             results = result if isinstance(result, tuple) else (result,)
             yield op, tuple(self._round(r, v.type) for r, v in zip(results, op.results, strict=True))
 
@@ -108,6 +112,23 @@ class Evaluator:
         n = op.operands[1].type.shape[0]
         assert isinstance(n, int)
         return np.zeros((0, n), self.precision)
+
+    def _operands(self, op: Op, values: dict[Value, Arr]) -> list[Arr]:
+        """The operands; of a table that is looked up only the rows asked for, under new numbers."""
+        tables = [op.operands[i] for i in _TABLES.get(op.name, ()) if i < len(op.operands)]
+        if not tables or not all(v.producer and v.producer.weight for v in tables):
+            return [self._value(v, values) for v in op.operands]
+        rows = values[op.operands[0]]
+        used, index = np.unique(rows, return_inverse=True)
+        renamed = np.where(rows < 0, -1, index.reshape(rows.shape))
+        rest = [self._rows(v, used) if v in tables else self._value(v, values) for v in op.operands[1:]]
+        return [renamed, *rest]
+
+    def _rows(self, table: Value, used: Arr) -> Arr:
+        """The numbers of some rows of a weight, which may be larger than memory; row -1 gives any."""
+        assert table.producer is not None and table.producer.weight is not None
+        stored = lazy.materialise(table.producer.weight, self.store)[np.maximum(used, 0)]
+        return decode(stored, table.producer.weight.dtype).astype(self.precision)
 
     def _value(self, value: Value, values: dict[Value, Arr]) -> Arr:
         if value in values:

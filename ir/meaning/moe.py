@@ -7,6 +7,7 @@ import numpy as np
 from dsv4c.ir.graph import Op
 
 from .core import Arr, clamped_swiglu, integer, number
+from .quantise import bf16, blocks, e4m3
 
 
 def sqrt_softplus(op: Op, x: Arr) -> Arr:
@@ -59,10 +60,31 @@ def combine(op: Op, ids: Arr, n_valid: Arr, *ys: Arr) -> Arr:
 
 def expert_mlp(op: Op, x: Arr, ids: Arr, weights: Arr, n_valid: Arr, w13: Arr, w2: Arr) -> Arr:
     out, inner = np.zeros_like(x), w2.shape[2]
+    narrow = _exactly if op.attrs["rounding"] == "none" else bf16
     for expert in range(w13.shape[0]):
         b, t, slot = _routes(ids, n_valid, expert)
         if len(b):
-            both = x[b, t] @ w13[expert].T
+            both = narrow(x[b, t] @ w13[expert].T)
             hidden = clamped_swiglu(op, both[:, :inner], both[:, inner:]) * weights[b, t, slot][:, None]
-            np.add.at(out, (b, t), hidden @ w2[expert].T)
+            hidden = narrow(hidden)
+            if op.attrs["rounding"] == "e4m3":
+                hidden = blocks(e4m3, hidden, 128)
+            np.add.at(out, (b, t), narrow(hidden @ w2[expert].T))
+    return out
+
+
+def _exactly(x: Arr) -> Arr:
+    return x
+
+
+def expert_statistics(
+    op: Op, counts: Arr, x: Arr, ids: Arr, weights: Arr, n_valid: Arr, w13: Arr, w2: Arr
+) -> Arr:
+    out, inner = counts.copy(), w2.shape[2]
+    for expert in range(w13.shape[0]):
+        b, t, slot = _routes(ids, n_valid, expert)
+        both = x[b, t] @ w13[expert].T
+        y = clamped_swiglu(op, both[:, :inner], both[:, inner:]) @ w2[expert].T
+        gate = weights[b, t, slot]
+        out[expert] += (len(b), gate.sum(), np.linalg.norm(gate[:, None] * y, axis=1).sum())
     return out

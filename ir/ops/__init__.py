@@ -4,10 +4,15 @@ from dsv4c.ir.opdef import OpDef
 
 from .attention import ATTENTION
 from .core import CORE
+from .engram import ENGRAM
+from .engram_store import ENGRAM_STORE
+from .fused import FUSED
 from .hyper import HYPER
 from .moe import MOE
+from .rounding import ROUNDING
 from .state import STATE
 
-OPS: dict[str, OpDef] = {d.name: d for family in (CORE, STATE, ATTENTION, HYPER, MOE) for d in family}
+_FAMILIES = (CORE, STATE, ATTENTION, HYPER, MOE, ROUNDING, ENGRAM, ENGRAM_STORE, FUSED)
+OPS: dict[str, OpDef] = {d.name: d for family in _FAMILIES for d in family}
 
 __all__ = ["OPS"]

@@ -48,6 +48,7 @@ def _compress(sig: Signature) -> Types:
 
 
 def _index_scores(sig: Signature) -> Types:
+    sig.choice("rounding", "none", "reference")
     b, t, h, d = sig.shape(0, 4)
     sig.fits(1, b, t, h)
     sig.fits(3, b)
@@ -67,6 +68,7 @@ def _index_select(sig: Signature) -> Types:
 
 
 def _attention(sig: Signature) -> Types:
+    sig.choice("rounding", "none", "reference")
     b, t, h, d = sig.shape(0, 4)
     sig.fits(1, b, t, d)
     sig.equal(sig.shape(2, 3)[2], d, "the width of q and ring")
@@ -81,6 +83,7 @@ def _attention(sig: Signature) -> Types:
 
 
 _K = AttrDef("k", AttrKind.INT)
+_ROUNDING = AttrDef("rounding", AttrKind.STR, "none")
 
 ATTENTION: tuple[OpDef, ...] = (
     OpDef("rope_angles", ("positions", "frequencies"), _rope_angles, source="3.6",
@@ -94,19 +97,24 @@ ATTENTION: tuple[OpDef, ...] = (
           doc="Entries of the groups this call closes: per channel a softmax over the group's gates weighs"
               " its kv; with overlap the previous group joins by its first half of channels. Rows beyond the"
               " closed are 0."),
-    OpDef("index_scores", ("q", "weights", "keys", "pos", "n_valid"), _index_scores, (RATIO,), source="4.3",
-          doc="sum_h relu(q_h k_j) w_h; -inf for entries not yet visible to the token."),
-    OpDef("index_topk", ("scores",), _index_topk, (_K,), source="4.3",
-          doc="Entry ids of the k highest finite scores, ties to the lower id, in no particular order;"
-              " missing ones are -1 and stand at the end."),
-    OpDef("index_select", ("q", "weights", "keys", "pos", "n_valid"), _index_select, (RATIO, _K),
+    OpDef("index_scores", ("q", "weights", "keys", "pos", "n_valid"), _index_scores, (RATIO, _ROUNDING),
           source="4.3",
+          doc="sum_h relu(q_h k_j) w_h; -inf for entries not yet visible to the token. With rounding ="
+              ' "reference" the dot product, its product with w_h and the sum over h are rounded to BF16.'),
+    OpDef("index_topk", ("scores",), _index_topk, (_K,), source="4.3",
+          doc="Entry ids of the k highest finite scores, best first, ties to the lower id; missing ones are"
+              " -1 and stand at the end."),
+    OpDef("index_select", ("q", "weights", "keys", "pos", "n_valid"), _index_select,
+          (RATIO, _K, _ROUNDING), source="4.3",
           doc="index_topk of index_scores, without the scores in memory: the same set of ids, in no"
-              " particular order, and -1 at the end."),
+              ' particular order unless rounding = "reference", and -1 at the end.'),
     OpDef("attention", ("q", "kv", "ring", "sinks", "pos", "n_valid", "entries?", "selected?"), _attention,
           (AttrDef("scale", AttrKind.FLOAT), AttrDef("window", AttrKind.INT),
-           AttrDef("ratio", AttrKind.INT, 0)),
+           AttrDef("ratio", AttrKind.INT, 0), _ROUNDING),
           source="4.1 steps 3 and 4",
           doc="Softmax with a per-head sink over the window (ring and this call's kv) and the visible entries"
-              " (all of them, or the selected)."),
+              ' (all of them, or the selected). With rounding = "reference" it is an online softmax over'
+              " blocks of 64 slots, the window's slots oldest first and then the entries in their order: the"
+              " maximum leaves the sink out, and a block's probabilities are rounded to BF16 where they meet"
+              " the keys but not in the denominator."),
 )  # fmt: skip

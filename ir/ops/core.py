@@ -44,8 +44,19 @@ def _norm(sig: Signature) -> Types:
     return (f32(*x),)
 
 
+def _add_bias(sig: Signature) -> Types:
+    x = sig.shape(0)
+    sig.fits(1, x[-1])
+    return (f32(*x),)
+
+
 def _same(sig: Signature) -> Types:
     return (f32(*sig.shape(0)),)
+
+
+def _unit_norm(sig: Signature) -> Types:
+    sig.choice("rounding", "none", "reference")
+    return _same(sig)
 
 
 def _binary(sig: Signature) -> Types:
@@ -68,6 +79,7 @@ def _gather_rows(sig: Signature) -> Types:
 
 
 _EPS = AttrDef("eps", AttrKind.FLOAT)
+_ROUNDING = AttrDef("rounding", AttrKind.STR, "none")
 
 CORE: tuple[OpDef, ...] = (
     OpDef("weight", (), _weight, doc="A lazy weight; its expression names the checkpoint tensors."),
@@ -81,10 +93,13 @@ CORE: tuple[OpDef, ...] = (
           doc="Consecutive heads form groups; group g is multiplied by its own row block of w."),
     OpDef("rms_norm", ("x", "w"), _norm, (_EPS,), source="3.5",
           doc="x (mean(x^2) + eps)^-1/2 w over the last axis."),
-    OpDef("unit_norm", ("x",), _same, (_EPS,), source="4.1 step 1", doc="rms_norm without a weight."),
+    OpDef("unit_norm", ("x",), _unit_norm, (_EPS, _ROUNDING), source="4.1 step 1",
+          doc='rms_norm without a weight; with rounding = "reference" the square, the mean, the sum with eps,'
+              " the root and the product are each rounded to BF16."),
     OpDef("split_heads", ("x",), _split_heads, (AttrDef("heads", AttrKind.INT),),
           doc="[B,T,H*D] as [B,T,H,D]."),
     OpDef("add", ("a", "b"), _binary, doc="a + b."),
+    OpDef("add_bias", ("x", "bias"), _add_bias, doc="x + bias over the last axis."),
     OpDef("scale", ("x",), _same, (AttrDef("factor", AttrKind.FLOAT),), doc="x times a constant."),
     OpDef("clamp", ("x",), _same, (AttrDef("low", AttrKind.FLOAT), AttrDef("high", AttrKind.FLOAT)),
           source="4.4", doc="min(max(x, low), high)."),

@@ -36,13 +36,13 @@ def _route_weights(sig: Signature) -> Types:
     return (f32(*sig.shape(1, 3)),)
 
 
-def _routing(sig: Signature) -> None:
-    """x [B,T,d], ids and weights [B,T,k], n_valid [B]."""
-    b, t, _ = sig.shape(0, 3)
-    k = sig.shape(1, 3)[2]
-    sig.fits(1, b, t, k)
-    sig.fits(2, b, t, k)
-    sig.fits(3, b)
+def _routing(sig: Signature, first: int = 0) -> None:
+    """From operand `first`: x [B,T,d], ids and weights [B,T,k], n_valid [B]."""
+    b, t, _ = sig.shape(first, 3)
+    k = sig.shape(first + 1, 3)[2]
+    sig.fits(first + 1, b, t, k)
+    sig.fits(first + 2, b, t, k)
+    sig.fits(first + 3, b)
 
 
 def _dispatch(sig: Signature) -> Types:
@@ -69,13 +69,25 @@ def _combine(sig: Signature) -> Types:
     return (f32(b, t, d),)
 
 
-def _expert_mlp(sig: Signature) -> Types:
-    _routing(sig)
-    b, t, d = sig.shape(0, 3)
-    e, i2, k = sig.shape(4, 3)
+def _experts(sig: Signature, first: int = 0) -> int:
+    """From operand `first`: what `_routing` takes, w13 [E,2i,d], w2 [E,d,i]; returns E."""
+    _routing(sig, first)
+    d = sig.shape(first, 3)[2]
+    e, i2, k = sig.shape(first + 4, 3)
     sig.equal(k, d, "the width of x and w13")
-    sig.fits(5, e, d, static(sig, i2, "expert width") // 2)
-    return (f32(b, t, d),)
+    sig.fits(first + 5, e, d, static(sig, i2, "expert width") // 2)
+    return static(sig, e, "expert count")
+
+
+def _expert_mlp(sig: Signature) -> Types:
+    _experts(sig)
+    sig.choice("rounding", "none", "bf16", "e4m3")
+    return (f32(*sig.shape(0)),)
+
+
+def _expert_statistics(sig: Signature) -> Types:
+    sig.fits(0, _experts(sig, 1), 3)
+    return (sig.type(0),)
 
 
 MOE: tuple[OpDef, ...] = (
@@ -95,7 +107,12 @@ MOE: tuple[OpDef, ...] = (
           doc="The inverse of dispatch: per token the sum of its experts' rows, ascending expert; padding"
               " gets 0."),
     OpDef("expert_mlp", ("x", "ids", "weights", "n_valid", "w13", "w2"), _expert_mlp,
-          (AttrDef("limit", AttrKind.FLOAT),), source="4.4",
+          (AttrDef("limit", AttrKind.FLOAT), AttrDef("rounding", AttrKind.STR, "none")), source="4.4",
           doc="dispatch, every expert's clamped SwiGLU MLP with the routing weight before w2, and combine, in"
-              " one."),
+              ' one. With rounding = "bf16" the three products and the hidden values are rounded to BF16;'
+              ' with "e4m3" the hidden values also pass round_values of that rule in blocks of 128.'),
+    OpDef("expert_statistics", ("counts", "x", "ids", "weights", "n_valid", "w13", "w2"), _expert_statistics,
+          (AttrDef("limit", AttrKind.FLOAT),), consumes=0, source="REAP, arXiv:2510.13999",
+          doc="counts plus, per expert, the tokens that chose it and the sums of their routing weights and of"
+              " the norms of its weighted outputs; padding is not counted."),
 )  # fmt: skip

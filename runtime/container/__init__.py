@@ -12,8 +12,9 @@ All numbers are little-endian. Padding is zero. The manifest comes last because 
 checksums of streamed tensors are known only then; the header, written after it, makes it valid.
 """
 
+from dsv4c.runtime.container.amend import amend_meta
 from dsv4c.runtime.container.layout import STORAGE, SectionEntry, TensorEntry
 from dsv4c.runtime.container.reader import Artifact
 from dsv4c.runtime.container.writer import ArtifactWriter
 
-__all__ = ["STORAGE", "Artifact", "ArtifactWriter", "SectionEntry", "TensorEntry"]
+__all__ = ["STORAGE", "Artifact", "ArtifactWriter", "SectionEntry", "TensorEntry", "amend_meta"]

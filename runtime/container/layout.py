@@ -26,12 +26,16 @@ TENSOR_ALIGN = 64
 
 _HEADER = struct.Struct("<8sIIQQ32s")
 
-# How each tensor dtype is stored and handed out; bf16 and f8e4m3 have no NumPy type of their own.
+# How each tensor dtype is stored and handed out; those without a NumPy type as plain bits.
 STORAGE: dict[str, np.dtype[Any]] = {
     "f32": np.dtype("<f4"),
     "f16": np.dtype("<f2"),
     "bf16": np.dtype("<u2"),
     "f8e4m3": np.dtype("u1"),
+    "f8e4m3fnuz": np.dtype("u1"),
+    "f8e8m0": np.dtype("u1"),
+    "f4e2m1x2": np.dtype("u1"),
+    "i4x2": np.dtype("u1"),
     "i8": np.dtype("i1"),
     "u8": np.dtype("u1"),
     "i32": np.dtype("<i4"),

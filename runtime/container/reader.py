@@ -77,6 +77,18 @@ class Artifact:
         """Bytes of all tensors together."""
         return sum(t.nbytes for t in self.tensors.values())
 
+    @property
+    def header(self) -> bytes:
+        """The first bytes of the mapped file; no two artifacts with other contents share them."""
+        return self._map[:HEADER_BYTES]
+
+    def read_ahead(self, name: str) -> None:
+        """Ask the system to bring a tensor into memory, in the background."""
+        entry = self.tensors[name]
+        start = entry.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        if entry.nbytes and hasattr(mmap, "MADV_WILLNEED"):
+            self._map.madvise(mmap.MADV_WILLNEED, start, entry.offset + entry.nbytes - start)
+
     def section_span(self, name: str) -> tuple[int, int]:
         """Offset in the file and size in bytes; the offset is a multiple of 4096."""
         if name not in self.sections:

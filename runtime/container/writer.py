@@ -31,8 +31,8 @@ from dsv4c.runtime.container.layout import (
 
 Chunk = bytes | bytearray | memoryview | npt.NDArray[Any]
 
-# Names under which extension packages publish the two types that NumPy lacks.
-_EXTENSION_NAME = {"bf16": "bfloat16", "f8e4m3": "float8_e4m3fn"}
+# Names under which extension packages publish the types that NumPy lacks.
+_EXTENSION_NAME = {"bf16": "bfloat16", "f8e4m3": "float8_e4m3fn", "f8e8m0": "float8_e8m0fnu"}
 
 
 class ArtifactWriter:
@@ -81,6 +81,11 @@ class ArtifactWriter:
             atexit.unregister(self._discard)
             os.close(self._dir)
 
+    @property
+    def tensors(self) -> list[TensorEntry]:
+        """What has been added so far, in order."""
+        return list(self._tensors.values())
+
     def set_meta(self, key: str, value: Any) -> None:
         """Stores `value`, which must survive JSON, under `key`; a later call replaces an earlier one."""
         try:
@@ -99,7 +104,12 @@ class ArtifactWriter:
         self._after_tensor = False
 
     def add_tensor(
-        self, name: str, dtype: str, shape: tuple[int, ...], chunks: Iterable[Chunk] | Chunk
+        self,
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        chunks: Iterable[Chunk] | Chunk,
+        align: int = TENSOR_ALIGN,
     ) -> None:
         """Appends a tensor from consecutive pieces of its row-major bytes; holds one piece at a time.
 
@@ -107,6 +117,7 @@ class ArtifactWriter:
             dtype: a key of `STORAGE`; bf16 is given as uint16, f8e4m3 as uint8.
             shape: may be `()` and may contain zeros.
             chunks: buffers, taken as they are, or arrays, whose dtype must be the storage dtype.
+            align: 64, or 4096 for a tensor that is read by pages.
         """
         self._claim("tensor", name, self._tensors)
         where = f"tensor {name!r}"
@@ -115,7 +126,7 @@ class ArtifactWriter:
             chunks = (chunks,)
         with self._appending(where):
             # The first weight starts a page, so that dropping weights from memory keeps the code.
-            offset = self._pad(TENSOR_ALIGN if self._after_tensor else SECTION_ALIGN)
+            offset = self._pad(align if self._after_tensor else SECTION_ALIGN)
             digest = self._stream(where, dtype, nbytes, chunks)
         self._tensors[name] = TensorEntry(name, dtype, tuple(shape), offset, nbytes, digest)
         self._after_tensor = True

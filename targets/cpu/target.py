@@ -28,7 +28,30 @@ OPS = frozenset({
 })  # fmt: skip
 """What may reach an emitter; experts are grouped and index scores are never kept."""
 
+_ENGRAM = frozenset({
+    "add_bias", "compress_tokens", "ngram_rows", "ngram_history", "engram_rows", "engram_gate", "stream_norm",
+    "short_conv", "engram_prefetch", "engram_fetch",
+})  # fmt: skip
+"""What only the TVM emitter takes so far."""
+
+_ROUNDING = frozenset({"round_values", "hadamard"})
+"""Rounding points; ONNX has none of them, so `numerics=reference` is refused there."""
+
+_FUSED = frozenset({
+    "split_columns", "norm_rotary", "entries_close", "hc_pre", "hc_post_pre", "add_route",
+})  # fmt: skip
+"""What the later fusions make; only TVM has kernels for it."""
+
+_UNFUSED = frozenset({"clamp", "swiglu", "index_scores", "index_topk"})
+"""What the first fusions take away, so that a pipeline without them compiles."""
+
 _FUSE = "merge_common_subexpressions,fuse_swiglu,fuse_index_select,fuse_expert_gemms"
+_TVM = (
+    ',fuse_norm_rotary,fuse_rotary_write,fuse_hyper{expand=true},narrow_weights{storage="packed"}'
+    ",fold_shared_expert,merge_projections"
+)
+"""Storage is chosen before weights are joined, so that only what is stored alike is."""
+_PLAN = ",plan_memory{tokens=256, batch=1}"
 
 
 def host_arch() -> str:
@@ -68,13 +91,17 @@ CPU = Target(
     archs=ARCHS,
     ops=OPS,
     formats=(
-        Format("tvm", _FUSE + ',narrow_weights{storage="auto"}', {"tvm": "apache-tvm"}, _load_tvm),
+        Format(
+            "tvm", _FUSE + _TVM + _PLAN, {"tvm": "apache-tvm"}, _load_tvm,
+            frozenset({"expert_statistics", *_ENGRAM, *_ROUNDING, *_FUSED, *_UNFUSED}),
+        ),
         Format(
             "onnx",
-            _FUSE + ',narrow_weights{storage="f32"}',
+            _FUSE + ',narrow_weights{storage="f32"}' + _PLAN,
             {"onnx": "onnx"},
             _load_onnx,
         ),
     ),
     default_arch=host_arch,
+    numerics={"exact": "", "reference": "apply_reference_rounding"},
 )

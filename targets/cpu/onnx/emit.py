@@ -58,6 +58,9 @@ def _check(module: Module) -> None:
         if op.weight is None and op.name not in LOWERINGS:
             allowed = ", ".join(sorted(LOWERINGS))
             raise TargetError(f"{op.name} has no ONNX lowering", where=op.loc or module.name, allowed=allowed)
+        if op.attrs.get("rounding", "none") != "none":
+            what = f"{op.name} with rounding = {op.attrs['rounding']!r} has no ONNX lowering"
+            raise TargetError(what, where=op.loc or module.name, allowed="none", hint="use format tvm")
 
 
 def _store_weights(

@@ -18,7 +18,13 @@ from dsv4c.ir.graph import Op, Value
 from dsv4c.ir.types import TensorType
 from dsv4c.ir.weights import WeightExpr
 
-DTYPES = {DType.F32: "float32", DType.BF16: "uint16", DType.I32: "int32"}
+from .kernels.packing import Simd
+
+DTYPES = {
+    DType.F32: "float32", DType.BF16: "uint16", DType.I32: "int32",
+    DType.I8: "int8", DType.F8E4M3: "uint8", DType.F8E4M3FNUZ: "uint8", DType.F8E8M0: "uint8",
+    DType.F4E2M1X2: "uint8", DType.I4X2: "uint8",
+}  # fmt: skip
 """How the storage of an IR dtype is called in TIR."""
 
 Var = Any
@@ -33,15 +39,23 @@ class Context:
         values: IR value -> Relax variable.
         bound: symbols that stand alone in some argument's shape.
         packed: parameter name -> (variable, expression) of every weight in the layout a kernel reads.
+        simd: the vector instructions that kernels may use.
+        memo: what a lowering keeps so that another op need not compute it again.
+        handles: looked-up table -> the parameter by which the runtime knows it; after the weights, in order.
+        tables: looked-up table -> its `StoredTable`.
     """
 
     builder: relax.BlockBuilder
     bound: frozenset[str]
+    simd: Simd = Simd.NONE
     symbols: dict[str, Any] = field(default_factory=dict)
     values: dict[Value, Var] = field(default_factory=dict)
     packed: dict[str, tuple[Var, WeightExpr]] = field(default_factory=dict)
     kernels: dict[tuple[object, ...], Any] = field(default_factory=dict)
     shared: dict[str, Var] = field(default_factory=dict)
+    memo: dict[tuple[object, ...], Any] = field(default_factory=dict)
+    handles: dict[str, Var] = field(default_factory=dict)
+    tables: dict[str, Any] = field(default_factory=dict)
 
     def dim(self, d: Dim | int) -> Any:
         """An IR dimension as a TIR expression over int64 variables.
@@ -92,8 +106,10 @@ class Context:
         """The parameter that holds a weight in `layout` (as stored, when None)."""
         op = value.producer
         assert op is not None and op.weight is not None, "a kernel's weight operand must be a weight op"
-        expr = layout(op.weight) if layout else op.weight
-        name = op.loc
+        return self.parameter(op.loc, layout(op.weight) if layout else op.weight)
+
+    def parameter(self, name: str, expr: WeightExpr) -> Var:
+        """The parameter that holds an expression; equal ones of one name share it."""
         while name in self.packed and not self.packed[name][1].same(expr):
             name += "'"
         if name not in self.packed:

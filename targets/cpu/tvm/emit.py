@@ -18,8 +18,10 @@ from dsv4c.runtime.container import ArtifactWriter
 from dsv4c.targets.base import Arch, Progress
 
 from .context import Context
+from .kernels.packing import Simd
 from .link import find_linker
 from .lowering import LOWERINGS
+from .tables import state_writes, tables_meta, write_table
 
 
 def emit_tvm(
@@ -32,7 +34,7 @@ def emit_tvm(
         ToolchainError: no linker is found.
     """
     cpu = cross_attributes(arch)
-    context, relax_module = build_relax(module)
+    context, relax_module = build_relax(module, simd_of(arch))
     progress("code", 0, 1)
     code = compile_module(relax_module, cpu)
     progress("code", 1, 1)
@@ -40,22 +42,40 @@ def emit_tvm(
     if arch.machine == platform.machine():
         writer.add_section("tvm_runtime", _runtime_library().read_bytes())
     total = sum(expr.nbytes for _, expr in context.packed.values())
+    total += sum(t.layout.nbytes for t in context.tables.values())
     done = 0
     for name, (_, expr) in context.packed.items():
         writer.add_tensor(name, expr.dtype.value, expr.shape, stream(expr, store))
         done += expr.nbytes
         progress("weights", done, total)
-    writer.set_meta("tvm", {"weights": list(context.packed)})
+    for table in context.tables.values():
+        # a pass may have put statistics in front of the store
+        for nbytes in write_table(table, module.store or store, writer):
+            done += nbytes
+            progress("weights", done, total)
+    writer.set_meta("tables", tables_meta(context.tables))
+    inputs = {
+        name: {"dtype": v.type.dtype.storage.name, "shape": [str(d) for d in v.type.shape]}
+        for name, v in module.inputs.items()
+    }
+    writer.set_meta(
+        "tvm",
+        {
+            "weights": list(context.packed), "tables": list(context.handles), "inputs": inputs,
+            "outputs": results_of(module), "writes": state_writes(module),
+        },
+    )  # fmt: skip
 
 
-def build_relax(module: Module) -> tuple[Context, Any]:
-    """The Relax module: `step(inputs, states, weights) -> (logits, states)`, states updated in place."""
+def build_relax(module: Module, simd: Simd = Simd.NONE) -> tuple[Context, Any]:
+    """The Relax module: `step(inputs, states, weights, tables) -> (outputs, states)`; states in place."""
     shapes = [v.type.shape for v in module.arguments().values()]
     bound = frozenset(d.name for shape in shapes for d in shape if isinstance(d, Dim) and d.op == "sym")
-    context = Context(relax.BlockBuilder(), bound)
+    context = Context(relax.BlockBuilder(), bound, simd)
     for name, value in module.arguments().items():
         context.values[value] = relax.Var(_identifier(name), context.tensor(value.type))
-    context.shared["tokens"] = context.values[module.inputs["tokens"]]
+    if "tokens" in module.inputs:
+        context.shared["tokens"] = context.values[module.inputs["tokens"]]
     arguments = [context.values[v] for v in module.arguments().values()]
     builder = context.builder
     # The parameters include the packed weights, which are known only when every op is lowered: the body is
@@ -65,10 +85,24 @@ def build_relax(module: Module) -> tuple[Context, Any]:
             if op.name not in LOWERINGS:
                 raise TargetError(str(unknown("op", op.name, LOWERINGS, TargetError)), where=op.loc)
             LOWERINGS[op.name](context, op)
-        names = ["logits", *module.states]
+        names = [*results_of(module), *module.states]
         results = relax.Tuple([context.values[module.outputs[n]] for n in names])
-        builder.emit_func_output(results, params=[*arguments, *(var for var, _ in context.packed.values())])
+        weights = [var for var, _ in context.packed.values()]
+        builder.emit_func_output(results, params=[*arguments, *weights, *context.handles.values()])
     return context, builder.get()
+
+
+def results_of(module: Module) -> list[str]:
+    """The outputs that are no states, in order; the compiled step returns them first."""
+    return [name for name in module.outputs if name not in module.states]
+
+
+def simd_of(arch: Arch) -> Simd:
+    """The best vector instructions that every machine of an arch has."""
+    if arch.machine == "aarch64":
+        return Simd.NEON
+    names = {"avx512bw": Simd.AVX512, "avx2": Simd.AVX2, "ssse3": Simd.SSSE3}
+    return next((simd for flag, simd in names.items() if flag in arch.requires), Simd.NONE)
 
 
 def cross_attributes(arch: Arch) -> dict[str, str]:

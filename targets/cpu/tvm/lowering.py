@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import relax
 
 from dsv4c.ir import weights as w
-from dsv4c.ir.graph import Op
+from dsv4c.ir.graph import Op, Value
 from dsv4c.ir.weights import WeightExpr
 
-from .context import Context, ints, is_bf16
-from .kernels import attend, compress, dense, hyper, route, rowwise, select, state
+from . import matrix
+from .context import Context, ints
+from .kernels import attend, compress, dense, hyper, route, rowwise, select, state, statistics
+from .kernels.product import panel_width
+from .lowering_engram import ENGRAM_LOWERINGS
+from .lowering_engram_store import ENGRAM_STORE_LOWERINGS
+from .lowering_fused import FUSED_LOWERINGS
+from .lowering_rounding import (
+    ROUNDING_LOWERINGS,
+    attention_in_blocks,
+    index_select_in_order,
+    rounded_expert_mlp,
+    unit_norm_in_steps,
+)
 
 Lowering = Callable[[Context, Op], None]
 
@@ -25,20 +38,14 @@ def _panels(expr: WeightExpr, width: int) -> WeightExpr:
     return w.panel(expr, width)
 
 
-def _per_expert(expr: WeightExpr, layout: Callable[[WeightExpr], WeightExpr]) -> WeightExpr:
-    """Apply a layout to every entry of a stack, so that emission streams one expert at a time."""
-    entries = expr.args if expr.op == "stack" else tuple(w.take(expr, e) for e in range(expr.shape[0]))
-    return w.stack(tuple(layout(e) for e in entries))
-
-
 def weight(c: Context, op: Op) -> None:
     """Nothing: a weight becomes a parameter when a kernel asks for it in its layout."""
 
 
 def embed(c: Context, op: Op) -> None:
     tokens, table = op.operands
-    vocab, d = ints(table)
-    c.lower(op, rowwise.embed, vocab, d, is_bf16(table), args=[c.values[tokens], c.weight(table)])
+    m = matrix.in_rows(c, table)
+    c.lower(op, dense.embed, *ints(table), m.packing, args=[c.values[tokens], *m.args])
 
 
 def repeat_streams(c: Context, op: Op) -> None:
@@ -48,8 +55,8 @@ def repeat_streams(c: Context, op: Op) -> None:
 def linear(c: Context, op: Op) -> None:
     x, weight_ = op.operands
     n, k = ints(weight_)
-    packed = c.weight(weight_, lambda e: _panels(e, dense.panel_width(n)))
-    c.lower(op, dense.linear, k, n, is_bf16(weight_), args=[c.values[x], packed])
+    m = matrix.in_panels(c, weight_, panel_width(n))
+    c.lower(op, dense.grouped_linear, None, 1, k, n, m.packing, args=[c.values[x], *m.args])
 
 
 def grouped_linear(c: Context, op: Op) -> None:
@@ -59,20 +66,11 @@ def grouped_linear(c: Context, op: Op) -> None:
     rows, k = ints(weight_)
     n = rows // groups
 
-    def layout(e: WeightExpr) -> WeightExpr:
-        return w.concat(
-            tuple(_panels(w.rows(e, g * n, (g + 1) * n), dense.panel_width(n)) for g in range(groups))
-        )
+    def pieces(e: WeightExpr) -> tuple[WeightExpr, ...]:
+        return tuple(w.rows(e, g * n, (g + 1) * n) for g in range(groups))
 
-    c.lower(
-        op,
-        dense.grouped_linear,
-        groups,
-        k,
-        n,
-        is_bf16(weight_),
-        args=[c.values[x], c.weight(weight_, layout)],
-    )
+    m = matrix.in_panels(c, weight_, panel_width(n), pieces)
+    c.lower(op, dense.grouped_linear, ints(x), groups, k, n, m.packing, args=[c.values[x], *m.args])
 
 
 def rms_norm(c: Context, op: Op) -> None:
@@ -82,6 +80,8 @@ def rms_norm(c: Context, op: Op) -> None:
 
 
 def unit_norm(c: Context, op: Op) -> None:
+    if op.attrs["rounding"] != "none":
+        return unit_norm_in_steps(c, op)
     heads, d = _rows_of(op)
     c.lower(op, rowwise.norm, heads, d, op.attrs["eps"], False, args=[c.values[op.operands[0]], c.ones(d)])
 
@@ -106,6 +106,9 @@ def sqrt_softplus(c: Context, op: Op) -> None:
 
 
 def add(c: Context, op: Op) -> None:
+    if op.result.type.rank == 4:
+        c.lower(op, rowwise.add_streams, *ints(op.operands[0]))
+        return
     c.lower(op, rowwise.binary, ints(op.operands[0])[-1], "add")
 
 
@@ -159,6 +162,8 @@ def compress_(c: Context, op: Op) -> None:
 
 
 def index_select(c: Context, op: Op) -> None:
+    if op.attrs["rounding"] != "none":
+        return index_select_in_order(c, op)
     heads, d = ints(op.operands[0])
     c.lower(op, select.index_select, heads, d, op.attrs["ratio"], op.attrs["k"])
 
@@ -173,6 +178,8 @@ def attention(c: Context, op: Op) -> None:
     args = [c.values[q], c.values[kv], c.values[ring], c.weight(sinks), c.values[pos], c.values[n_valid]]
     args.append(c.values[more[0]] if more else c.values[ring])  # never read without a ratio
     args.append(c.values[more[1]] if len(more) > 1 else _no_selection(c, q))
+    if op.attrs["rounding"] != "none":
+        return attention_in_blocks(c, op, shape, args)
     c.lower(op, attend.attention, shape, args=args)
 
 
@@ -226,30 +233,75 @@ def route_weights(c: Context, op: Op) -> None:
     c.lower(op, route.route_weights, ints(scores)[0], ints(ids)[0], op.attrs["factor"], op.attrs["eps"])
 
 
-def expert_mlp(c: Context, op: Op) -> None:
-    x, ids, weights, n_valid, w13, w2 = op.operands
+@dataclass(frozen=True)
+class _Routes:
+    """The hidden values of every route, sorted by expert, and what leads from them to the outputs."""
+
+    order: Any
+    starts: Any
+    hidden: Any
+    second: matrix.Matrix
+    shape: tuple[int, int, int, int]
+    """Experts, width, inner width, experts per token."""
+    count: Any
+
+    def output(self, c: Context, order: Any, topk: int, result: Any) -> Any:
+        """The second half: every route's row added to the row that `order` // topk says."""
+        experts, k, inner, _ = self.shape
+        kernel = c.kernel(dense.expert_output, experts, k, inner, topk, self.second.packing)
+        return c.call(kernel, [self.hidden, order, self.starts, *self.second.args], result)[0]
+
+
+def _routes(c: Context, op: Op, operands: list[Value]) -> _Routes:
+    """First half of the expert MLP; computed once where two ops read the same operands."""
+    x, ids, weights, n_valid, w13, w2 = operands
+    key = ("routes", *operands, op.attrs["limit"])
+    known: _Routes | None = c.memo.get(key)
+    if known is not None:
+        return known
     experts, k, inner = ints(w2)
-    topk, bf16 = ints(ids)[0], is_bf16(w13)
+    topk = ints(ids)[0]
     b, t = (c.dim(d) for d in x.type.shape[:2])
     routes = b * t * topk
     order, starts = c.call(
         c.kernel(dense.expert_order, experts, topk), [c.values[ids], c.values[n_valid]],
         relax.TensorType([routes], "int32"), relax.TensorType([experts + 1], "int32"),
     )  # fmt: skip
-    first = c.weight(
-        w13, lambda e: _per_expert(e, lambda m: _panels(w.pair_rows(m, dense.PAIR), 2 * dense.PAIR))
+    first = matrix.in_panels(
+        c, w13, 2 * dense.PAIR, lambda e: tuple(w.pair_rows(m, dense.PAIR) for m in matrix.entries(e))
     )
-    second = c.weight(w2, lambda e: _per_expert(e, lambda m: _panels(m, dense.panel_width(k))))
-    room = routes + dense.ROWS
+    second = matrix.in_panels(c, w2, panel_width(k), matrix.entries)
     gather = c.kernel(dense.expert_gather, experts, k, topk)
-    (rows,) = c.call(gather, [c.values[x], order, starts], relax.TensorType([room, k], "float32"))
+    (rows,) = c.call(gather, [c.values[x], order, starts], relax.TensorType([routes, k], "float32"))
     (hidden,) = c.call(
-        c.kernel(dense.expert_hidden, experts, k, inner, topk, op.attrs["limit"], bf16),
-        [rows, c.values[weights], order, starts, first],
-        relax.TensorType([room, inner], "float32"),
+        c.kernel(dense.expert_hidden, experts, k, inner, topk, op.attrs["limit"], first.packing),
+        [rows, c.values[weights], order, starts, *first.args],
+        relax.TensorType([routes, inner], "float32"),
     )
-    kernel = c.kernel(dense.expert_output, experts, k, inner, topk, is_bf16(w2))
-    (c.values[op.result],) = c.call(kernel, [hidden, order, starts, second], c.tensor(op.result.type))
+    c.memo[key] = found = _Routes(order, starts, hidden, second, (experts, k, inner, topk), routes)
+    return found
+
+
+def expert_mlp(c: Context, op: Op) -> None:
+    if op.attrs["rounding"] != "none":
+        return rounded_expert_mlp(c, op)
+    r = _routes(c, op, op.operands)
+    c.values[op.result] = r.output(c, r.order, r.shape[-1], c.tensor(op.result.type))
+
+
+def expert_statistics(c: Context, op: Op) -> None:
+    """The second half of the expert MLP with every route as a row of its own, so that none are added up."""
+    counts, *operands = op.operands
+    r = _routes(c, op, operands)
+    experts, k, _, topk = r.shape
+    ids, weights = operands[1:3]
+    rows = relax.TensorType([r.count], "int32")
+    (own,) = c.call(c.kernel(statistics.route_rows, topk), [c.values[ids]], rows)
+    outputs = r.output(c, own, 1, relax.TensorType([c.dim(1), r.count, c.dim(k)], "float32"))
+    c.values[op.result] = c.update(
+        c.kernel(statistics.expert_usage, experts, k, topk),
+        [c.values[counts], outputs, c.values[weights], r.order, r.starts], 0, c.tensor(op.result.type),
+    )  # fmt: skip
 
 
 LOWERINGS: dict[str, Lowering] = {
@@ -262,6 +314,7 @@ LOWERINGS: dict[str, Lowering] = {
     "position_bias": position_bias, "compress": compress_, "index_select": index_select,
     "attention": attention, "hc_mix": hc_mix, "hc_collapse": hc_collapse, "hc_expand": hc_expand,
     "hc_head_mix": hc_head_mix, "route_topk": route_topk, "route_hash": route_hash,
-    "route_weights": route_weights, "expert_mlp": expert_mlp,
+    "route_weights": route_weights, "expert_mlp": expert_mlp, "expert_statistics": expert_statistics,
+    **FUSED_LOWERINGS, **ENGRAM_LOWERINGS, **ENGRAM_STORE_LOWERINGS, **ROUNDING_LOWERINGS,
 }  # fmt: skip
 """Every op this emitter takes."""

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
-from .vec import LANES, ramp, splat, zeros
-
-KEYS = 16
-"""Keys staged at a time."""
+KEYS = 12
+"""Keys staged at a time: their logits are below the kilobyte up to which buffers live in registers."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,17 @@ def attention(a: AttentionShape):
     selected [B,S,k] i32 -> [B,S,H,d]. Unused operands are handed in as empty dummies by `variants`.
     """
     heads, d, window, ratio, k = a.heads, a.d, a.window, a.ratio, a.k
-    groups = -(-heads // LANES)
+    lanes = 8 if heads <= 8 else 16  # heads side by side; half-empty vectors cost as much as full ones
+    groups = -(-heads // lanes)
+
+    def ramp(start):
+        return T.ramp(start, 1, lanes)
+
+    def splat(x):
+        return T.broadcast(x, lanes)
+
+    def zeros():
+        return splat(T.float32(0))
 
     def entry_count(visible):
         if not ratio:
@@ -67,20 +75,22 @@ def attention(a: AttentionShape):
         Sel = T.match_buffer(sl, (B, S, N), "int32")
         Y = T.match_buffer(y, (B, S, heads, d), "float32")
         Self = T.decl_buffer((B * S * N,), "int32", data=Sel.data)
-        for mg in T.parallel(B * S * groups):
-            qt = T.alloc_buffer((d * LANES,), "float32")
-            out = T.alloc_buffer((d * LANES,), "float32")
+
+        @T.inline
+        def attend(mg):
+            qt = T.alloc_buffer((d * lanes,), "float32")
+            out = T.alloc_buffer((d * lanes,), "float32")
             keys = T.alloc_buffer((KEYS * d,), "float32")
-            logit = T.alloc_buffer((KEYS * LANES,), "float32", scope="local")
-            top = T.alloc_buffer((LANES,), "float32", scope="local")
-            new_top = T.alloc_buffer((LANES,), "float32", scope="local")
-            total = T.alloc_buffer((LANES,), "float32", scope="local")
-            span = T.alloc_buffer((4,), "int32", scope="local")
+            logit = T.alloc_buffer((KEYS * lanes,), "float32")
+            top = T.alloc_buffer((lanes,), "float32")
+            new_top = T.alloc_buffer((lanes,), "float32")
+            total = T.alloc_buffer((lanes,), "float32")
+            span = T.alloc_buffer((4,), "int32")
             m = T.meta_var(mg // groups)
             b = T.meta_var(mg // groups // S)
             t = T.meta_var(mg // groups % S)
-            h0 = T.meta_var(mg % groups * LANES)
-            for j in T.serial(T.min(LANES, heads - h0)):
+            h0 = T.meta_var(mg % groups * lanes)
+            for j in T.serial(T.min(lanes, heads - h0)):
                 for c in T.serial(d):
                     Y[b, t, h0 + j, c] = T.float32(0)
             if T.cast(t, "int32") < V[b]:
@@ -88,14 +98,14 @@ def attention(a: AttentionShape):
                 span[1] = T.min(T.int32(window), span[0] + 1)  # keys of the window
                 span[2] = span[1] + entry_count(visible(span[0]))  # all keys
                 for c in T.serial(d):
-                    for j in T.serial(LANES):
-                        qt[c * LANES + j] = T.if_then_else(
+                    for j in T.serial(lanes):
+                        qt[c * lanes + j] = T.if_then_else(
                             h0 + j < heads,
                             Q[b, t, T.min(h0 + j, heads - 1), c] * T.float32(a.scale),
                             T.float32(0),
                         )
-                    out[ramp(c * LANES)] = zeros()
-                for j in T.serial(LANES):
+                    out[ramp(c * lanes)] = zeros()
+                for j in T.serial(lanes):
                     top[j] = Sinks[T.min(h0 + j, heads - 1)]
                     total[j] = T.float32(1)
                 for blk in T.serial((span[2] + (KEYS - 1)) // KEYS):
@@ -114,33 +124,39 @@ def attention(a: AttentionShape):
                             for c in T.serial(d):
                                 keys[i * d + c] = E[b, span[3], c]
                     for i in T.unroll(KEYS):
-                        logit[ramp(i * LANES)] = zeros()
+                        logit[ramp(i * lanes)] = zeros()
                     for c in T.serial(d):
                         for i in T.unroll(KEYS):
-                            logit[ramp(i * LANES)] = logit[ramp(i * LANES)] + qt[ramp(c * LANES)] * splat(
+                            logit[ramp(i * lanes)] = logit[ramp(i * lanes)] + qt[ramp(c * lanes)] * splat(
                                 keys[i * d + c]
                             )
                     new_top[ramp(0)] = top[ramp(0)]
                     for i in T.unroll(KEYS):
                         if blk * KEYS + i < span[2]:
-                            new_top[ramp(0)] = T.max(new_top[ramp(0)], logit[ramp(i * LANES)])
+                            new_top[ramp(0)] = T.max(new_top[ramp(0)], logit[ramp(i * lanes)])
                     top[ramp(0)] = T.exp(top[ramp(0)] - new_top[ramp(0)])
                     total[ramp(0)] = total[ramp(0)] * top[ramp(0)]
                     for i in T.unroll(KEYS):
                         if blk * KEYS + i < span[2]:
-                            logit[ramp(i * LANES)] = T.exp(logit[ramp(i * LANES)] - new_top[ramp(0)])
+                            logit[ramp(i * lanes)] = T.exp(logit[ramp(i * lanes)] - new_top[ramp(0)])
                         else:
-                            logit[ramp(i * LANES)] = zeros()
-                        total[ramp(0)] = total[ramp(0)] + logit[ramp(i * LANES)]
+                            logit[ramp(i * lanes)] = zeros()
+                        total[ramp(0)] = total[ramp(0)] + logit[ramp(i * lanes)]
                     for c in T.serial(d):
-                        acc = T.alloc_buffer((LANES,), "float32", scope="local")
-                        acc[ramp(0)] = out[ramp(c * LANES)] * top[ramp(0)]
+                        acc = T.alloc_buffer((lanes,), "float32")
+                        acc[ramp(0)] = out[ramp(c * lanes)] * top[ramp(0)]
                         for i in T.unroll(KEYS):
-                            acc[ramp(0)] = acc[ramp(0)] + logit[ramp(i * LANES)] * splat(keys[i * d + c])
-                        out[ramp(c * LANES)] = acc[ramp(0)]
+                            acc[ramp(0)] = acc[ramp(0)] + logit[ramp(i * lanes)] * splat(keys[i * d + c])
+                        out[ramp(c * lanes)] = acc[ramp(0)]
                     top[ramp(0)] = new_top[ramp(0)]
-                for j in T.serial(T.min(LANES, heads - h0)):
+                for j in T.serial(T.min(lanes, heads - h0)):
                     for c in T.serial(d):
-                        Y[b, t, h0 + j, c] = out[c * LANES + j] / total[j]
+                        Y[b, t, h0 + j, c] = out[c * lanes + j] / total[j]
+
+        if B * S * groups == 1:  # waking a second thread for nothing costs time
+            attend(T.int64(0))
+        else:
+            for mg in T.parallel(B * S * groups):
+                attend(mg)
 
     return func

@@ -1,124 +1,112 @@
-"""Matrix products over packed panels: `linear`, `grouped_linear`, and the two halves of `expert_mlp`.
+"""Matrix products over stored panels: `linear`, `grouped_linear`, the two halves of `expert_mlp`; `embed`.
 
 A panel holds `width` output rows k-major, so that one broadcast input value meets `width` weights at a
-time. Every output accumulates over k in ascending order whatever the row tile, so a result does not
-depend on how tokens were cut into calls. Accumulators are read at constant places only, or LLVM would keep
-them in memory; `done` is their copy for the ragged epilogue.
+time. How codes are stored and summed is the business of `packing` and `product`.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, valid-type, misc"
 from __future__ import annotations
 
+from math import prod
+
 from tvm.script import tirx as T
 
-from .vec import LANES, load_weight, ramp, sigmoid, splat, weight_dtype, zeros
+from .packing import Packing, number, scale_number
+from .product import CHUNK, panel_product, panel_width
+from .vec import shape, sigmoid
 
-ROWS = 6
-"""Rows of a register tile: 6 rows x 4 vectors of accumulators leave room in 32 registers."""
-
-
-def panel_width(rows: int) -> int:
-    """Output rows per panel: 64 where there are that many, else the next multiple of 16."""
-    return min(64, -(-rows // LANES) * LANES)
+PAIR = 32
+"""Rows of w1 and of w3 in one panel of the experts' first product."""
 
 
-def linear(k: int, n: int, bf16: bool):
-    """X [B,S,k] f32, W [panels,k,width] -> Y [B,S,n] f32."""
+def grouped_linear(heads: tuple[int, int] | None, groups: int, k: int, n: int, p: Packing):
+    """X [B,S,*heads] seen as `groups` rows of k, n output rows a group -> Y [B,S,groups*n] f32.
+
+    A plain `linear` is one group of X [B,S,k], heads None. W, S, R are the codes, block scales and row
+    scales of groups * ceil(n/width) panels, as `Packing` says.
+    """
     width = panel_width(n)
-    panels, vecs = -(-n // width), width // LANES
-    dtype = weight_dtype(bf16)
+    panels = -(-n // width)
+    product = panel_product(p, k, width)
+    codes, scales, rows_ = (
+        p.code_shape(groups * panels, k, width), p.scale_shape(groups * panels, k, width),
+        p.row_shape(groups * panels, width),
+    )  # fmt: skip
+    inner = (groups * k,) if heads is None else heads
 
     @T.prim_func(s_tir=True)
-    def func(x: T.handle, w: T.handle, y: T.handle):
+    def func(x: T.handle, w: T.handle, s: T.handle, r: T.handle, y: T.handle):
         T.func_attr({"tir.noalias": True})
         B = T.int64()
         S = T.int64()
-        X = T.match_buffer(x, (B, S, k), "float32")
-        W = T.match_buffer(w, (panels, k, width), dtype)
-        Y = T.match_buffer(y, (B, S, n), "float32")
-        Xf = T.decl_buffer((B * S * k,), "float32", data=X.data)
-        Wf = T.decl_buffer((panels * k * width,), dtype, data=W.data)
-        Yf = T.decl_buffer((B * S * n,), "float32", data=Y.data)
-        for p in T.parallel(panels):
-            for tile in T.serial(B * S // ROWS):
-                acc = T.alloc_buffer((ROWS * width,), "float32", scope="local")
-                for i in T.unroll(ROWS * vecs):
-                    acc[ramp(i * LANES)] = zeros()
-                for kk in T.serial(k):
-                    for v in T.unroll(vecs):
-                        for r in T.unroll(ROWS):
-                            acc[ramp((r * vecs + v) * LANES)] = acc[
-                                ramp((r * vecs + v) * LANES)
-                            ] + load_weight(Wf, (p * k + kk) * width + v * LANES, bf16) * splat(
-                                Xf[(tile * ROWS + r) * k + kk]
-                            )
-                done = T.alloc_buffer((ROWS * width,), "float32")
-                for i in T.unroll(ROWS * vecs):
-                    done[ramp(i * LANES)] = acc[ramp(i * LANES)]
-                for r in T.serial(ROWS):
-                    for j in T.serial(T.min(width, n - p * width)):
-                        Yf[(tile * ROWS + r) * n + p * width + j] = done[r * width + j]
-            for tail in T.serial(B * S % ROWS):
-                one = T.alloc_buffer((width,), "float32", scope="local")
-                for v in T.unroll(vecs):
-                    one[ramp(v * LANES)] = zeros()
-                for kk in T.serial(k):
-                    for v in T.unroll(vecs):
-                        one[ramp(v * LANES)] = one[ramp(v * LANES)] + load_weight(
-                            Wf, (p * k + kk) * width + v * LANES, bf16
-                        ) * splat(Xf[(B * S // ROWS * ROWS + tail) * k + kk])
-                last = T.alloc_buffer((width,), "float32")
-                for v in T.unroll(vecs):
-                    last[ramp(v * LANES)] = one[ramp(v * LANES)]
-                for j in T.serial(T.min(width, n - p * width)):
-                    Yf[(B * S // ROWS * ROWS + tail) * n + p * width + j] = last[j]
+        X = T.match_buffer(x, shape(B, S, *inner), "float32")
+        W = T.match_buffer(w, codes, p.dtype)
+        Scale = T.match_buffer(s, scales, p.scale_dtype)
+        Row = T.match_buffer(r, rows_, "float32")
+        Y = T.match_buffer(y, (B, S, groups * n), "float32")
+        Xf = T.decl_buffer((B * S * groups * k,), "float32", data=X.data)
+        Wf = T.decl_buffer((prod(codes),), p.dtype, data=W.data)
+        Sf = T.decl_buffer((prod(scales),), p.scale_dtype, data=Scale.data)
+        Rf = T.decl_buffer((prod(rows_),), "float32", data=Row.data)
+        Yf = T.decl_buffer((B * S * groups * n,), "float32", data=Y.data)
+        for gp in T.parallel(groups * panels):
+            for chunk in T.serial((B * S + CHUNK - 1) // CHUNK):
+                out = T.alloc_buffer((CHUNK * width,), "float32")
+                rows: T.let[T.int64] = T.min(B * S - chunk * CHUNK, T.int64(CHUNK))
+                product(
+                    out, Xf, Wf, Sf, Rf, (chunk * CHUNK * groups + gp // panels) * k, groups * k, rows,
+                    T.cast(gp, "int64"),
+                )  # fmt: skip
+                for i in T.serial(rows):
+                    for j in T.serial(T.min(width, n - gp % panels * width)):
+                        Yf[((chunk * CHUNK + i) * groups + gp // panels) * n + gp % panels * width + j] = out[
+                            i * width + j
+                        ]
 
     return func
 
 
-def grouped_linear(groups: int, k: int, n: int, bf16: bool):
-    """X [B,S,groups*k] seen as rows, W [groups*panels,k,width] (n rows a group) -> Y [B,S,groups*n]."""
-    width = panel_width(n)
-    panels, vecs = -(-n // width), width // LANES
-    dtype = weight_dtype(bf16)
+def embed(vocab: int, d: int, p: Packing):
+    """tokens [B,S] i32 and a table [vocab,d] -> [B,S,d] f32.
+
+    W [vocab, d codes], S [vocab, blocks] and R [vocab, 1] are row-major, codes as they are stored.
+    """
+    per_byte = 2 if p.per_word == 8 else 1
+    blocks, columns = p.blocks(d), -(-d // per_byte)
+    scales, rows_ = (vocab, blocks) if p.scale else (1,), (vocab, 1) if p.rows else (1,)
+
+    def value(W, S, R, row, j):
+        word = W[row * columns + j // per_byte]
+        if not p.plain:
+            word = T.cast(T.reinterpret("uint8", word) if p.dtype == "int8" else word, "uint32")
+        found = number(p.code, word, j % per_byte, 1)
+        if p.scale:
+            found = found * scale_number(p.scale, S[row * blocks + j // p.block], 1)
+        return found * R[row] if p.rows else found
 
     @T.prim_func(s_tir=True)
-    def func(x: T.handle, w: T.handle, y: T.handle):
+    def func(i: T.handle, w: T.handle, s: T.handle, r: T.handle, y: T.handle):
         T.func_attr({"tir.noalias": True})
         B = T.int64()
         S = T.int64()
-        H = T.int64()
-        D = T.int64()
-        X = T.match_buffer(x, (B, S, H, D), "float32")
-        W = T.match_buffer(w, (groups * panels, k, width), dtype)
-        Y = T.match_buffer(y, (B, S, groups * n), "float32")
-        Xf = T.decl_buffer((B * S * H * D,), "float32", data=X.data)
-        Wf = T.decl_buffer((groups * panels * k * width,), dtype, data=W.data)
-        Yf = T.decl_buffer((B * S * groups * n,), "float32", data=Y.data)
-        for gp in T.parallel(groups * panels):
-            for m in T.serial(B * S):
-                one = T.alloc_buffer((width,), "float32", scope="local")
-                for v in T.unroll(vecs):
-                    one[ramp(v * LANES)] = zeros()
-                for kk in T.serial(k):
-                    for v in T.unroll(vecs):
-                        one[ramp(v * LANES)] = one[ramp(v * LANES)] + load_weight(
-                            Wf, (gp * k + kk) * width + v * LANES, bf16
-                        ) * splat(Xf[(m * groups + gp // panels) * k + kk])
-                done = T.alloc_buffer((width,), "float32")
-                for v in T.unroll(vecs):
-                    done[ramp(v * LANES)] = one[ramp(v * LANES)]
-                for j in T.serial(T.min(width, n - gp % panels * width)):
-                    Yf[(m * groups + gp // panels) * n + gp % panels * width + j] = done[j]
+        Ids = T.match_buffer(i, (B, S), "int32")
+        W = T.match_buffer(w, (vocab, columns), p.dtype)
+        Scale = T.match_buffer(s, scales, p.scale_dtype)
+        Row = T.match_buffer(r, rows_, "float32")
+        Y = T.match_buffer(y, (B, S, d), "float32")
+        Wf = T.decl_buffer((vocab * columns,), p.dtype, data=W.data)
+        Sf = T.decl_buffer((prod(scales),), p.scale_dtype, data=Scale.data)
+        Rf = T.decl_buffer((prod(rows_),), "float32", data=Row.data)
+        for b in T.serial(B):
+            for t in T.serial(S):
+                for j in T.serial(d):
+                    Y[b, t, j] = value(Wf, Sf, Rf, T.cast(Ids[b, t], "int64"), j)
 
     return func
 
 
 def expert_gather(experts: int, k: int, topk: int):
-    """X [B,S,k] -> [B*S*topk + ROWS, k]: the row of every route, sorted by expert.
-
-    The tail is left alone: a tile may read up to ROWS rows past its expert's last, and drops what it gets.
-    """
+    """X [B,S,k] -> [B*S*topk, k]: the row of every route, sorted by expert; the tail is left alone."""
 
     @T.prim_func(s_tir=True)
     def func(x: T.handle, o: T.handle, s: T.handle, y: T.handle):
@@ -128,7 +116,7 @@ def expert_gather(experts: int, k: int, topk: int):
         X = T.match_buffer(x, (B, S, k), "float32")
         Order = T.match_buffer(o, (B * S * topk,), "int32")
         Starts = T.match_buffer(s, (experts + 1,), "int32")
-        Y = T.match_buffer(y, (B * S * topk + ROWS, k), "float32")
+        Y = T.match_buffer(y, (B * S * topk, k), "float32")
         Xf = T.decl_buffer((B * S * k,), "float32", data=X.data)
         for i in T.serial(Starts[experts]):
             for j in T.serial(k):
@@ -137,131 +125,109 @@ def expert_gather(experts: int, k: int, topk: int):
     return func
 
 
-PAIR = 32
-"""Rows of w1 and of w3 in one panel of the experts' first product."""
-
-
-def expert_hidden(experts: int, k: int, inner: int, topk: int, limit: float, bf16: bool):
+def expert_hidden(experts: int, k: int, inner: int, topk: int, limit: float, p: Packing):
     """First half of the expert MLP, on rows sorted by expert.
 
-    X [B*S*topk+ROWS,k] from `expert_gather`; gates [B,S,topk]; order [B*S*topk] i32 (sorted row -> position
-    in the flat routing); starts [experts+1] i32; W [experts,panels,k,64], 32 rows of w1, then 32 of w3,
-    of the same channels -> H [B*S*topk+ROWS, inner] = silu(min(g, L)) clamp(u, -L, L) gate.
+    X [B*S*topk,k] from `expert_gather`; gates [B,S,topk]; order [B*S*topk] i32 (sorted row -> position in
+    the flat routing); starts [experts+1] i32; W, S, R: `experts` times ceil(inner/32) panels of 64 rows, 32
+    of w1, then 32 of w3, of the same channels
+    -> H [B*S*topk, inner] = silu(min(g, L)) clamp(u, -L, L) gate.
     """
-    panels, width, dtype = -(-inner // PAIR), 2 * PAIR, weight_dtype(bf16)
-    vecs = width // LANES
+    panels, width = -(-inner // PAIR), 2 * PAIR
+    product = panel_product(p, k, width)
+    codes, scales = p.code_shape(experts * panels, k, width), p.scale_shape(experts * panels, k, width)
+    rows_ = p.row_shape(experts * panels, width)
 
     @T.prim_func(s_tir=True)
-    def func(x: T.handle, g: T.handle, o: T.handle, s: T.handle, w: T.handle, h: T.handle):
+    def func(
+        x: T.handle, g: T.handle, o: T.handle, s: T.handle, w: T.handle, c: T.handle, r: T.handle, h: T.handle
+    ):
         T.func_attr({"tir.noalias": True})
         B = T.int64()
         S = T.int64()
-        X = T.match_buffer(x, (B * S * topk + ROWS, k), "float32")
+        X = T.match_buffer(x, (B * S * topk, k), "float32")
         G = T.match_buffer(g, (B, S, topk), "float32")
         Order = T.match_buffer(o, (B * S * topk,), "int32")
         Starts = T.match_buffer(s, (experts + 1,), "int32")
-        W = T.match_buffer(w, (experts, panels, k, width), dtype)
-        Hid = T.match_buffer(h, (B * S * topk + ROWS, inner), "float32")
-        Xf = T.decl_buffer(((B * S * topk + ROWS) * k,), "float32", data=X.data)
+        W = T.match_buffer(w, codes, p.dtype)
+        Scale = T.match_buffer(c, scales, p.scale_dtype)
+        Row = T.match_buffer(r, rows_, "float32")
+        Hid = T.match_buffer(h, (B * S * topk, inner), "float32")
+        Xf = T.decl_buffer((B * S * topk * k,), "float32", data=X.data)
         Gf = T.decl_buffer((B * S * topk,), "float32", data=G.data)
-        Wf = T.decl_buffer((experts * panels * k * width,), dtype, data=W.data)
-        for p in T.parallel(panels):
+        Wf = T.decl_buffer((prod(codes),), p.dtype, data=W.data)
+        Sf = T.decl_buffer((prod(scales),), p.scale_dtype, data=Scale.data)
+        Rf = T.decl_buffer((prod(rows_),), "float32", data=Row.data)
+        for pn in T.parallel(panels):
             for e in T.serial(experts):
-                for tile in T.serial((Starts[e + 1] - Starts[e] + (ROWS - 1)) // ROWS):
-                    acc = T.alloc_buffer((ROWS * width,), "float32", scope="local")
-                    for i in T.unroll(ROWS * vecs):
-                        acc[ramp(i * LANES)] = zeros()
-                    base: T.let[T.int64] = T.cast(Starts[e] + tile * ROWS, "int64")
-                    at = T.meta_var((T.cast(e, "int64") * panels + p) * k)
-                    if Starts[e + 1] - Starts[e] - tile * ROWS > 1:
-                        for kk in T.serial(k):
-                            for v in T.unroll(vecs):
-                                for r in T.unroll(ROWS):
-                                    acc[ramp(r * width + v * LANES)] = acc[
-                                        ramp(r * width + v * LANES)
-                                    ] + load_weight(Wf, (at + kk) * width + v * LANES, bf16) * splat(
-                                        Xf[(base + r) * k + kk]
-                                    )
-                    else:
-                        for kk in T.serial(k):
-                            for v in T.unroll(vecs):
-                                acc[ramp(v * LANES)] = acc[ramp(v * LANES)] + load_weight(
-                                    Wf, (at + kk) * width + v * LANES, bf16
-                                ) * splat(Xf[base * k + kk])
-                    done = T.alloc_buffer((ROWS * width,), "float32")
-                    for i in T.unroll(ROWS * vecs):
-                        done[ramp(i * LANES)] = acc[ramp(i * LANES)]
-                    for r in T.serial(T.min(ROWS, Starts[e + 1] - Starts[e] - tile * ROWS)):
-                        for j in T.serial(T.min(PAIR, inner - p * PAIR)):
-                            gate = T.alloc_buffer((1,), "float32", scope="local")
-                            gate[0] = T.min(done[r * width + j], T.float32(limit))
-                            Hid[Starts[e] + tile * ROWS + r, p * PAIR + j] = (
+                for chunk in T.serial((Starts[e + 1] - Starts[e] + (CHUNK - 1)) // CHUNK):
+                    out = T.alloc_buffer((CHUNK * width,), "float32")
+                    first: T.let[T.int64] = T.cast(Starts[e] + chunk * CHUNK, "int64")
+                    rows: T.let[T.int64] = T.cast(
+                        T.min(Starts[e + 1] - Starts[e] - chunk * CHUNK, CHUNK), "int64"
+                    )
+                    product(out, Xf, Wf, Sf, Rf, first * k, k, rows, T.cast(e, "int64") * panels + pn)
+                    for i in T.serial(rows):
+                        for j in T.serial(T.min(PAIR, inner - pn * PAIR)):
+                            gate = T.alloc_buffer((1,), "float32")
+                            gate[0] = T.min(out[i * width + j], T.float32(limit))
+                            Hid[first + i, pn * PAIR + j] = (
                                 gate[0]
                                 * sigmoid(gate[0])
                                 * T.max(
-                                    T.min(done[r * width + PAIR + j], T.float32(limit)), T.float32(-limit)
+                                    T.min(out[i * width + PAIR + j], T.float32(limit)), T.float32(-limit)
                                 )
-                                * Gf[Order[Starts[e] + tile * ROWS + r]]
+                                * Gf[Order[first + i]]
                             )
 
     return func
 
 
-def expert_output(experts: int, k: int, inner: int, topk: int, bf16: bool):
-    """Second half: H [B*S*topk+ROWS, inner] by W [experts,panels,inner,width] into Y [B,S,k].
+def expert_output(experts: int, k: int, inner: int, topk: int, p: Packing):
+    """Second half: H [B*S*topk, inner] by `experts` times ceil(k/width) panels W, S, R into Y [B,S,k].
 
     A token's experts are added in ascending order. Tokens without a route (padding) get 0.
     """
     width = panel_width(k)
-    panels, vecs, dtype = -(-k // width), width // LANES, weight_dtype(bf16)
+    panels = -(-k // width)
+    product = panel_product(p, inner, width)
+    codes, rows_ = p.code_shape(experts * panels, inner, width), p.row_shape(experts * panels, width)
+    scales = p.scale_shape(experts * panels, inner, width)
 
     @T.prim_func(s_tir=True)
-    def func(h: T.handle, o: T.handle, s: T.handle, w: T.handle, y: T.handle):
+    def func(h: T.handle, o: T.handle, s: T.handle, w: T.handle, c: T.handle, r: T.handle, y: T.handle):
         T.func_attr({"tir.noalias": True})
         B = T.int64()
         S = T.int64()
-        Hid = T.match_buffer(h, (B * S * topk + ROWS, inner), "float32")
+        Hid = T.match_buffer(h, (B * S * topk, inner), "float32")
         Order = T.match_buffer(o, (B * S * topk,), "int32")
         Starts = T.match_buffer(s, (experts + 1,), "int32")
-        W = T.match_buffer(w, (experts, panels, inner, width), dtype)
+        W = T.match_buffer(w, codes, p.dtype)
+        Scale = T.match_buffer(c, scales, p.scale_dtype)
+        Row = T.match_buffer(r, rows_, "float32")
         Y = T.match_buffer(y, (B, S, k), "float32")
-        Hf = T.decl_buffer(((B * S * topk + ROWS) * inner,), "float32", data=Hid.data)
-        Wf = T.decl_buffer((experts * panels * inner * width,), dtype, data=W.data)
+        Hf = T.decl_buffer((B * S * topk * inner,), "float32", data=Hid.data)
+        Wf = T.decl_buffer((prod(codes),), p.dtype, data=W.data)
+        Sf = T.decl_buffer((prod(scales),), p.scale_dtype, data=Scale.data)
+        Rf = T.decl_buffer((prod(rows_),), "float32", data=Row.data)
         Yf = T.decl_buffer((B * S * k,), "float32", data=Y.data)
-        for p in T.parallel(panels):
+        for pn in T.parallel(panels):
             for m in T.serial(B * S):
-                for j in T.serial(T.min(width, k - p * width)):
-                    Yf[m * k + p * width + j] = T.float32(0)
+                for j in T.serial(T.min(width, k - pn * width)):
+                    Yf[m * k + pn * width + j] = T.float32(0)
             for e in T.serial(experts):
-                for tile in T.serial((Starts[e + 1] - Starts[e] + (ROWS - 1)) // ROWS):
-                    acc = T.alloc_buffer((ROWS * width,), "float32", scope="local")
-                    for i in T.unroll(ROWS * vecs):
-                        acc[ramp(i * LANES)] = zeros()
-                    base: T.let[T.int64] = T.cast(Starts[e] + tile * ROWS, "int64")
-                    at = T.meta_var((T.cast(e, "int64") * panels + p) * inner)
-                    if Starts[e + 1] - Starts[e] - tile * ROWS > 1:
-                        for kk in T.serial(inner):
-                            for v in T.unroll(vecs):
-                                for r in T.unroll(ROWS):
-                                    acc[ramp(r * width + v * LANES)] = acc[
-                                        ramp(r * width + v * LANES)
-                                    ] + load_weight(Wf, (at + kk) * width + v * LANES, bf16) * splat(
-                                        Hf[(base + r) * inner + kk]
-                                    )
-                    else:
-                        for kk in T.serial(inner):
-                            for v in T.unroll(vecs):
-                                acc[ramp(v * LANES)] = acc[ramp(v * LANES)] + load_weight(
-                                    Wf, (at + kk) * width + v * LANES, bf16
-                                ) * splat(Hf[base * inner + kk])
-                    done = T.alloc_buffer((ROWS * width,), "float32")
-                    for i in T.unroll(ROWS * vecs):
-                        done[ramp(i * LANES)] = acc[ramp(i * LANES)]
-                    for r in T.serial(T.min(ROWS, Starts[e + 1] - Starts[e] - tile * ROWS)):
-                        for j in T.serial(T.min(width, k - p * width)):
-                            token = T.meta_var(T.cast(Order[Starts[e] + tile * ROWS + r] // topk, "int64"))
-                            Yf[token * k + p * width + j] = (
-                                Yf[token * k + p * width + j] + done[r * width + j]
+                for chunk in T.serial((Starts[e + 1] - Starts[e] + (CHUNK - 1)) // CHUNK):
+                    out = T.alloc_buffer((CHUNK * width,), "float32")
+                    first: T.let[T.int64] = T.cast(Starts[e] + chunk * CHUNK, "int64")
+                    rows: T.let[T.int64] = T.cast(
+                        T.min(Starts[e + 1] - Starts[e] - chunk * CHUNK, CHUNK), "int64"
+                    )
+                    product(out, Hf, Wf, Sf, Rf, first * inner, inner, rows, T.cast(e, "int64") * panels + pn)
+                    for i in T.serial(rows):
+                        token: T.let[T.int64] = T.cast(Order[first + i] // topk, "int64")
+                        for j in T.serial(T.min(width, k - pn * width)):
+                            Yf[token * k + pn * width + j] = (
+                                Yf[token * k + pn * width + j] + out[i * width + j]
                             )
 
     return func

@@ -37,10 +37,10 @@ def hc_mix(n: int, d: int, eps: float, norm_eps: float, iters: int):
         Postf = T.decl_buffer((B * S * n,), "float32", data=Post.data)
         Combf = T.decl_buffer((B * S * n * n,), "float32", data=Comb.data)
         for m in T.parallel(B * S):
-            acc = T.alloc_buffer((width,), "float32", scope="local")
-            part = T.alloc_buffer((LANES,), "float32", scope="local")
-            rho = T.alloc_buffer((1,), "float32", scope="local")
-            mat = T.alloc_buffer((n * n,), "float32", scope="local")
+            acc = T.alloc_buffer((width,), "float32")
+            part = T.alloc_buffer((LANES,), "float32")
+            rho = T.alloc_buffer((1,), "float32")
+            mat = T.alloc_buffer((n * n,), "float32")
             for v in T.unroll(vecs):
                 acc[ramp(v * LANES)] = zeros()
             for kk in T.serial(k):
@@ -61,8 +61,8 @@ def hc_mix(n: int, d: int, eps: float, norm_eps: float, iters: int):
                 Pref[m * n + i] = sigmoid(acc[i] * rho[0] * Scale[0] + Base[i]) + T.float32(eps)
                 Postf[m * n + i] = T.float32(2) * sigmoid(acc[n + i] * rho[0] * Scale[1] + Base[n + i])
             for i in T.serial(n):
-                top = T.alloc_buffer((1,), "float32", scope="local")
-                total = T.alloc_buffer((1,), "float32", scope="local")
+                top = T.alloc_buffer((1,), "float32")
+                total = T.alloc_buffer((1,), "float32")
                 top[0] = T.min_value("float32")
                 for j in T.serial(n):
                     mat[i * n + j] = acc[2 * n + i * n + j] * rho[0] * Scale[2] + Base[2 * n + i * n + j]
@@ -76,7 +76,7 @@ def hc_mix(n: int, d: int, eps: float, norm_eps: float, iters: int):
             for half in T.serial(2 * iters - 1):
                 # even halves divide columns, odd halves rows; the last is a column half
                 for i in T.serial(n):
-                    line = T.alloc_buffer((1,), "float32", scope="local")
+                    line = T.alloc_buffer((1,), "float32")
                     line[0] = T.float32(0)
                     for j in T.serial(n):
                         line[0] = line[0] + mat[T.if_then_else(half % 2 == 0, j * n + i, i * n + j)]
@@ -109,8 +109,8 @@ def hc_head_mix(n: int, d: int, eps: float, norm_eps: float):
         Wf = T.decl_buffer((k * width,), "float32", data=W.data)
         Af = T.decl_buffer((B * S * n,), "float32", data=A.data)
         for m in T.parallel(B * S):
-            acc = T.alloc_buffer((width,), "float32", scope="local")
-            rho = T.alloc_buffer((1,), "float32", scope="local")
+            acc = T.alloc_buffer((width,), "float32")
+            rho = T.alloc_buffer((1,), "float32")
             for v in T.serial(width // LANES):
                 acc[ramp(v * LANES)] = zeros()
             rho[0] = T.float32(0)

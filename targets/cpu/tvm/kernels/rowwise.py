@@ -1,32 +1,11 @@
-"""Kernels that work on one token row at a time: embedding, norms, element-wise maps, rotary."""
+"""Kernels that work on one token row at a time: norms, element-wise maps, rotary."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, valid-type, misc"
 from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from .vec import LANES, load_scalar, ramp, shape, sigmoid, weight_dtype, zeros
-
-
-def embed(vocab: int, d: int, bf16: bool):
-    """tokens [B,S] i32, table [vocab,d] -> [B,S,d] f32."""
-    dtype = weight_dtype(bf16)
-
-    @T.prim_func(s_tir=True)
-    def func(i: T.handle, w: T.handle, y: T.handle):
-        T.func_attr({"tir.noalias": True})
-        B = T.int64()
-        S = T.int64()
-        Ids = T.match_buffer(i, (B, S), "int32")
-        W = T.match_buffer(w, (vocab, d), dtype)
-        Y = T.match_buffer(y, (B, S, d), "float32")
-        Wf = T.decl_buffer((vocab * d,), dtype, data=W.data)
-        for b in T.serial(B):
-            for t in T.serial(S):
-                for j in T.serial(d):
-                    Y[b, t, j] = load_scalar(Wf, T.cast(Ids[b, t], "int64") * d + j, bf16)
-
-    return func
+from .vec import LANES, ramp, shape, sigmoid, zeros
 
 
 def repeat_streams(n: int, d: int):
@@ -65,9 +44,11 @@ def norm(heads: int | None, d: int, eps: float, weighted: bool):
         Y = T.match_buffer(y, shape(B, S, heads, d), "float32")
         Xf = T.decl_buffer((B * S * inner * d,), "float32", data=X.data)
         Yf = T.decl_buffer((B * S * inner * d,), "float32", data=Y.data)
-        for m in T.parallel(B * S * inner):
-            part = T.alloc_buffer((LANES,), "float32", scope="local")
-            total = T.alloc_buffer((1,), "float32", scope="local")
+
+        @T.inline
+        def row(m):
+            part = T.alloc_buffer((LANES,), "float32")
+            total = T.alloc_buffer((1,), "float32")
             part[ramp(0)] = zeros()
             for j in T.serial(d // LANES):
                 part[ramp(0)] = part[ramp(0)] + Xf[ramp(m * d + j * LANES)] * Xf[ramp(m * d + j * LANES)]
@@ -79,6 +60,13 @@ def norm(heads: int | None, d: int, eps: float, weighted: bool):
             total[0] = T.float32(1) / T.sqrt(total[0] / T.float32(d) + T.float32(eps))
             for j in T.serial(d):
                 Yf[m * d + j] = scaled(Xf[m * d + j], total[0], W, j)
+
+        if B * S == 1:  # a single token is not worth waking a second thread
+            for m in T.serial(inner):
+                row(m)
+        else:
+            for m in T.parallel(B * S * inner):
+                row(m)
 
     return func
 
@@ -101,6 +89,40 @@ def unary(width: int, name: str, constant: float = 0.0):
         Y = T.match_buffer(y, (B, S, width), "float32")
         for b, t, j in T.grid(B, S, width):
             Y[b, t, j] = f(X[b, t, j])
+
+    return func
+
+
+def add_bias(width: int):
+    """x [B,S,width] + bias [width]."""
+
+    @T.prim_func(s_tir=True)
+    def func(x: T.handle, a: T.handle, y: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        X = T.match_buffer(x, (B, S, width), "float32")
+        A = T.match_buffer(a, (width,), "float32")
+        Y = T.match_buffer(y, (B, S, width), "float32")
+        for b, t, j in T.grid(B, S, width):
+            Y[b, t, j] = X[b, t, j] + A[j]
+
+    return func
+
+
+def add_streams(n: int, d: int):
+    """Element-wise sum over [B,S,n,d]."""
+
+    @T.prim_func(s_tir=True)
+    def func(x: T.handle, z: T.handle, y: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        X = T.match_buffer(x, (B, S, n, d), "float32")
+        Z = T.match_buffer(z, (B, S, n, d), "float32")
+        Y = T.match_buffer(y, (B, S, n, d), "float32")
+        for b, t, i, j in T.grid(B, S, n, d):
+            Y[b, t, i, j] = X[b, t, i, j] + Z[b, t, i, j]
 
     return func
 
@@ -182,7 +204,9 @@ def rotary(heads: int | None, d: int, half: int, inverse: bool):
         Cf = T.decl_buffer((B * N * half,), "float32", data=C.data)
         Sf = T.decl_buffer((B * N * half,), "float32", data=Sn.data)
         Yf = T.decl_buffer((B * N * inner * d,), "float32", data=Y.data)
-        for m in T.parallel(B * N):
+
+        @T.inline
+        def turn(m):
             for h in T.serial(inner):
                 for j in T.serial(start):
                     Yf[(m * inner + h) * d + j] = Xf[(m * inner + h) * d + j]
@@ -194,5 +218,11 @@ def rotary(heads: int | None, d: int, half: int, inverse: bool):
                         Xf[(m * inner + h) * d + start + 2 * j] * Sf[m * half + j] * T.float32(sign)
                         + Xf[(m * inner + h) * d + start + 2 * j + 1] * Cf[m * half + j]
                     )
+
+        if B * N == 1:
+            turn(T.int64(0))
+        else:
+            for m in T.parallel(B * N):
+                turn(m)
 
     return func

@@ -39,7 +39,7 @@ def index_select(heads: int, d: int, ratio: int, k: int):
         for m in T.parallel(B * S):
             b = T.meta_var(m // S)
             t = T.meta_var(m % S)
-            n = T.alloc_buffer((1,), "int32", scope="local")
+            n = T.alloc_buffer((1,), "int32")
             for j in T.serial(k):
                 Y[b, t, j] = -1
             if T.cast(t, "int32") < V[b]:
@@ -50,11 +50,11 @@ def index_select(heads: int, d: int, ratio: int, k: int):
                 else:
                     qt = T.alloc_buffer((groups * d * LANES,), "float32")
                     score = T.alloc_buffer((C,), "uint32")
-                    acc = T.alloc_buffer((KEYS * LANES,), "float32", scope="local")
-                    total = T.alloc_buffer((KEYS,), "float32", scope="local")
+                    acc = T.alloc_buffer((KEYS * LANES,), "float32")
+                    total = T.alloc_buffer((KEYS,), "float32")
                     count = T.alloc_buffer((256,), "int32")
-                    state = T.alloc_buffer((3,), "int32", scope="local")  # still needed, bucket, written
-                    prefix = T.alloc_buffer((1,), "uint32", scope="local")
+                    state = T.alloc_buffer((3,), "int32")  # still needed, bucket, written
+                    prefix = T.alloc_buffer((1,), "uint32")
                     for g in T.serial(groups):
                         for c in T.serial(d):
                             for j in T.serial(LANES):

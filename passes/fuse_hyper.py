@@ -1,0 +1,107 @@
+"""The border between two sub-layers in one op: expand the streams, mix, collapse, normalise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dsv4c.ir.graph import Builder, Module, Op, Value
+from dsv4c.ir.levels import Level
+from dsv4c.ir.rewrite import Pat, any_, match
+
+from .base import Pass
+from .cleanup import EliminateDeadCode
+from .merge_projections import rewire, unusual
+
+_PRE = Pat("rms_norm", (
+    Pat("hc_collapse", (
+        any_("streams"), Pat("hc_mix", (any_("streams"), any_("fn"), any_("base"), any_("scale")), "pre"),
+    ), single_use=True),
+    any_("w"),
+))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FuseHyper(Pass):
+    """hc_mix, hc_collapse, rms_norm -> hc_pre, and with the hc_expand before them hc_post_pre; exact.
+
+    Attributes:
+        expand: whether to take in the expansion of the sub-layer before.
+    """
+
+    name: ClassVar[str] = "fuse_hyper"
+    doc: ClassVar[str] = "cross from one sub-layer to the next in one op"
+    takes: ClassVar[frozenset[Level]] = frozenset({Level.FUSED})
+    gives: ClassVar[Level | None] = Level.FUSED
+    expand: bool = True
+
+    def run(self, module: Module) -> int:
+        order = {op: i for i, op in enumerate(module.ops)}
+        replacements: dict[Op, list[Op]] = {}
+        kept: dict[str, str] = {}
+        for norm in [op for op in module.ops if op.name == "rms_norm"]:
+            found = recognise(norm, order)
+            if isinstance(found, str):
+                if _of_streams(norm):
+                    kept[norm.loc] = found
+                continue
+            before = _expansion(found, norm, order) if self.expand else "the option says so"
+            if isinstance(before, str):
+                kept[found.loc] = f"the streams stay: {before}"
+            replacements[norm] = _replace(module, norm, found, before if isinstance(before, Op) else None)
+        module.ops = [one for op in module.ops for one in (*replacements.get(op, ()), op)]
+        EliminateDeadCode().run(module)
+        module.notes[self.name] = {"fused": len(replacements), "kept": kept}
+        return len(replacements)
+
+
+def _of_streams(norm: Op) -> bool:
+    producer = norm.operands[0].producer
+    return producer is not None and producer.name == "hc_collapse"
+
+
+def recognise(norm: Op, order: dict[Op, int]) -> Op | str:
+    """The hc_mix whose collapse `norm` normalises, or why the three cannot be one."""
+    outcome = match(_PRE, norm.result)
+    if outcome.bindings is None:
+        return outcome.reason
+    mix = outcome.bindings["pre"].producer
+    assert mix is not None
+    if outcome.bindings["pre"] is not mix.results[0]:
+        return "the streams are collapsed by other weights than the mix gives"
+    if len(mix.results[0].uses) > 1:
+        return "the collapse weights have other readers"
+    if reason := unusual(mix, "eps", "norm_eps", "iters") or unusual(norm, "eps"):
+        return reason
+    return _too_early(mix.results[1:], norm, order) or mix
+
+
+def _too_early(values: list[Value], norm: Op, order: dict[Op, int]) -> str:
+    """Why the fused op, which stands where the norm stood, would come too late for a reader; or ""."""
+    early = [u for v in values for u in v.users() if order[u] < order[norm]]
+    return f"{early[0].name} @{early[0].loc} reads a result before the norm" if early else ""
+
+
+def _expansion(mix: Op, norm: Op, order: dict[Op, int]) -> Op | str:
+    """The hc_expand that makes the streams of `mix`, or why it must stay."""
+    expand = mix.operands[0].producer
+    if expand is None or expand.name != "hc_expand":
+        return f"they come from {expand.name if expand else 'an argument'}"
+    inner = {mix, norm.operands[0].producer}
+    early = [u for u in expand.result.users() if u not in inner and order[u] < order[norm]]
+    return f"{early[0].name} @{early[0].loc} reads them before the norm" if early else expand
+
+
+def _replace(module: Module, norm: Op, mix: Op, expand: Op | None) -> list[Op]:
+    builder = Builder(Module(module.name))
+    builder.loc = mix.loc
+    attrs = {**mix.attrs, "out_eps": norm.attrs["eps"]}
+    parameters = (*mix.operands[1:], norm.operands[1])
+    if expand is None:
+        results = builder.multi("hc_pre", mix.operands[0], *parameters, **attrs).results
+    else:
+        streams, *results = builder.multi("hc_post_pre", *expand.operands, *parameters, **attrs).results
+        rewire(module, expand.result, streams)
+    for old, new in zip((norm.result, *mix.results[1:]), results, strict=True):
+        rewire(module, old, new)
+    return builder.module.ops

@@ -1,0 +1,154 @@
+"""The inner part of every matrix product: some rows of X by one panel of a stored matrix.
+
+Owns the order of summation: columns in steps of `Packing.step`; each step is summed in ascending order, its
+scale applied, and added to the row's sum. One row decodes straight into its sum; more rows share a step
+that is decoded once into a scratch in the first-level cache. Both give the same bits.
+
+Accumulators must be buffers of the default scope below 1 KiB, read at constant places: only those become
+registers. Larger ones, and those of scope "local", come from a pool whose memory LLVM cannot tell apart.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, valid-type, misc"
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from dsv4c.ir.dtypes import DType
+
+from .packing import Packing
+from .vec import LANES, ramp, splat, zeros
+
+ROWS = 6
+"""Rows of a register tile: 6 rows x 4 vectors of accumulators leave room in 32 registers."""
+CHUNK = 8 * ROWS
+"""Rows that share one decoding of a panel."""
+
+
+def panel_width(rows: int) -> int:
+    """Output rows per panel: 64 where there are that many, else the next multiple of 16."""
+    return min(64, -(-rows // LANES) * LANES)
+
+
+def panel_product(p: Packing, k: int, width: int):
+    """A function `product(out, X, W, S, R, x_at, stride, rows, panel)` that a kernel's body may call.
+
+    out f32 [CHUNK * width] gets the rows x width sums; X, W, S (block scales) and R (row scales) are flat;
+    row r of X starts at x_at + r * stride; 1 <= rows <= CHUNK; panel is the index of the panel in W.
+
+    It emits statements with the IR builder: a helper of its own per statement would cost the script parser
+    most of a second per kernel.
+    """
+    vecs, group, step = width // LANES, p.per_word, p.step
+    words, per_step, blocks = p.words(k), step // group, p.blocks(k)
+    together = vecs if p.wide else 1  # vectors of a register tile
+    few = 3 if p.plain else 1  # rows that are not worth a scratch
+    in_place = p.code is DType.F32  # nothing to decode, so nothing to share
+
+    def scaled(total, part, S, panel, s, vec):
+        """`total` plus the sum `part` of step s, by its scale."""
+        if p.scale is None:
+            return total + part
+        block = (panel * blocks + s * step // p.block) * width + vec * LANES
+        return total + part * p.block_scale(S, block)
+
+    def for_each_step(body):
+        """`body(step, columns)` for all of k; the last step may be short."""
+        if k >= step:
+            with T.serial(0, k // step) as s:
+                body(s, step)
+        if k % step:
+            body(k // step, k % step)
+
+    def add_words(part, X, W, word, x_at, columns):
+        """The first `columns` of the words of 16 rows by X, in ascending order."""
+        for v in range(vecs):
+            total, lanes = _load(part, v), p.load(W, word, v, width)
+            for j in range(columns):
+                total = total + p.decode(lanes, j) * splat(X[x_at + j])
+            _store(part, v, total)
+
+    def direct(out, X, W, S, x_at, panel, row):
+        total, part = _zeros(vecs), _zeros(vecs)
+
+        def one_step(s, columns):
+            word, x_from = panel * words + s * per_step, x_at + s * step
+            for v in range(vecs):
+                _store(part, v, zeros())
+            if columns >= group:
+                with T.serial(0, columns // group) as g:
+                    add_words(part, X, W, word + g, x_from + g * group, group)
+            if rest := columns % group:
+                add_words(part, X, W, word + columns // group, x_from + columns - rest, rest)
+            for v in range(vecs):
+                _store(total, v, scaled(_load(total, v), _load(part, v), S, panel, s, v))
+
+        for_each_step(one_step)
+        for v in range(vecs):
+            _store(out, row * vecs + v, _load(total, v))
+
+    def tile(out, X, values, at, S, x_at, stride, first, columns, panel, s, height, together):
+        """`height` rows from `first` by the columns of step s, whose numbers start at values[at]."""
+        with T.serial(0, vecs // together) as q:
+            parts = [_zeros(together) for _ in range(height)]
+            with T.serial(0, columns) as c:
+                for v in range(together):
+                    for r, part in enumerate(parts):
+                        number = values[ramp(at + c * width + (q * together + v) * LANES)]
+                        _store(part, v, _load(part, v) + number * splat(X[x_at + (first + r) * stride + c]))
+            for r, part in enumerate(parts):
+                for v in range(together):
+                    vec = q * together + v
+                    place = (first + r) * vecs + vec
+                    _store(out, place, scaled(_load(out, place), _load(part, v), S, panel, s, vec))
+
+    def shared(out, X, W, S, x_at, stride, rows, panel):
+        scratch = None if in_place else T.alloc_buffer((step * width,), "float32")
+        with T.serial(0, rows * vecs) as i:
+            _store(out, i, zeros())
+
+        def one_step(s, columns):
+            word = panel * words + s * per_step
+            if not in_place:
+                with T.serial(0, -(-columns // group)) as g:
+                    for v in range(vecs):
+                        lanes = p.load(W, word + g, v, width)
+                        for j in range(group):
+                            _store(scratch, (g * group + j) * vecs + v, p.decode(lanes, j))
+            values, at = (W, word * width) if in_place else (scratch, 0)
+            given = (out, X, values, at, S, x_at + s * step, stride)
+            with T.serial(0, rows // ROWS) as i:
+                tile(*given, i * ROWS, columns, panel, s, ROWS, together)
+            with T.serial(0, rows % ROWS) as i:
+                tile(*given, rows // ROWS * ROWS + i, columns, panel, s, 1, vecs)
+
+        for_each_step(one_step)
+
+    def product(out, X, W, S, R, x_at, stride, rows, panel):
+        with T.If(rows <= few):
+            with T.Then(), T.serial(0, rows) as r:
+                direct(out, X, W, S, x_at + r * stride, panel, r)
+            with T.Else():
+                shared(out, X, W, S, x_at, stride, rows, panel)
+        if p.rows:
+            with T.serial(0, rows) as r:
+                for v in range(vecs):
+                    scale = R[ramp(panel * width + v * LANES)]
+                    _store(out, r * vecs + v, _load(out, r * vecs + v) * scale)
+
+    return product
+
+
+def _zeros(vecs: int):
+    """Accumulators: one buffer per row, small enough to become registers."""
+    buffer = T.alloc_buffer((vecs * LANES,), "float32")
+    for v in range(vecs):
+        _store(buffer, v, zeros())
+    return buffer
+
+
+def _load(buffer, vec):
+    return buffer[ramp(vec * LANES)]
+
+
+def _store(buffer, vec, value) -> None:
+    T.buffer_store(buffer, value, [ramp(vec * LANES)])

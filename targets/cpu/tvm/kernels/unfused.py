@@ -1,0 +1,118 @@
+"""Plain kernels for ops that passes usually fuse away, so that pipelines without those passes compile."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, valid-type, misc"
+from __future__ import annotations
+
+from math import isinf
+
+from tvm.script import tirx as T
+
+from .vec import sigmoid
+
+
+def clamp(width: int, low: float, high: float):
+    """min(max(x, low), high) over [B,S,width]."""
+
+    def bounded(x):
+        x = x if isinf(low) else T.max(x, T.float32(low))
+        return x if isinf(high) else T.min(x, T.float32(high))
+
+    @T.prim_func(s_tir=True)
+    def func(x: T.handle, y: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        X = T.match_buffer(x, (B, S, width), "float32")
+        Y = T.match_buffer(y, (B, S, width), "float32")
+        for b, t, j in T.grid(B, S, width):
+            Y[b, t, j] = bounded(X[b, t, j])
+
+    return func
+
+
+def swiglu(width: int):
+    """gate sigmoid(gate) up over [B,S,width]."""
+
+    @T.prim_func(s_tir=True)
+    def func(x: T.handle, z: T.handle, y: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        X = T.match_buffer(x, (B, S, width), "float32")
+        Z = T.match_buffer(z, (B, S, width), "float32")
+        Y = T.match_buffer(y, (B, S, width), "float32")
+        for b, t, j in T.grid(B, S, width):
+            Y[b, t, j] = X[b, t, j] * sigmoid(X[b, t, j]) * Z[b, t, j]
+
+    return func
+
+
+def index_scores(heads: int, d: int, ratio: int):
+    """q [B,S,H,d], weights [B,S,H], keys [B,cap,d], pos, n_valid -> [B,S,cap]; -inf where not visible."""
+
+    @T.prim_func(s_tir=True)
+    def func(q: T.handle, w: T.handle, k: T.handle, p: T.handle, v: T.handle, y: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        C = T.int64()
+        Q = T.match_buffer(q, (B, S, heads, d), "float32")
+        W = T.match_buffer(w, (B, S, heads), "float32")
+        K = T.match_buffer(k, (B, C, d), "float32")
+        P = T.match_buffer(p, (B,), "int32")
+        V = T.match_buffer(v, (B,), "int32")
+        Y = T.match_buffer(y, (B, S, C), "float32")
+        for m in T.parallel(B * S):
+            b = T.meta_var(m // S)
+            t = T.meta_var(m % S)
+            for c in T.serial(C):
+                Y[b, t, c] = T.float32(float("-inf"))
+            if T.cast(t, "int32") < V[b]:
+                for c in T.serial(T.cast((P[b] + T.cast(t, "int32") + 1) // ratio, "int64")):
+                    dot = T.alloc_buffer((2,), "float32")
+                    dot[1] = T.float32(0)
+                    for h in T.serial(heads):
+                        dot[0] = T.float32(0)
+                        for j in T.serial(d):
+                            dot[0] = dot[0] + Q[b, t, h, j] * K[b, c, j]
+                        dot[1] = dot[1] + T.max(dot[0], T.float32(0)) * W[b, t, h]
+                    Y[b, t, c] = dot[1]
+
+    return func
+
+
+def index_topk(k: int):
+    """scores [B,S,cap] -> ids [B,S,k] i32 of the highest finite ones, best first, then -1.
+
+    Ties go to the lower id. By insertion into the k best so far.
+    """
+
+    @T.prim_func(s_tir=True)
+    def func(x: T.handle, y: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        C = T.int64()
+        X = T.match_buffer(x, (B, S, C), "float32")
+        Y = T.match_buffer(y, (B, S, k), "int32")
+        for m in T.parallel(B * S):
+            b = T.meta_var(m // S)
+            t = T.meta_var(m % S)
+            best = T.alloc_buffer((k + 1,), "float32")
+            ids = T.alloc_buffer((k + 1,), "int32")
+            at = T.alloc_buffer((2,), "int32")
+            at[0] = 0  # how many are kept
+            for c in T.serial(C):
+                if X[b, t, c] >= T.min_value("float32"):
+                    at[1] = at[0]
+                    while T.if_then_else(at[1] > 0, best[T.max(at[1] - 1, 0)] < X[b, t, c], False):
+                        best[at[1]] = best[at[1] - 1]
+                        ids[at[1]] = ids[at[1] - 1]
+                        at[1] = at[1] - 1
+                    best[at[1]] = X[b, t, c]
+                    ids[at[1]] = T.cast(c, "int32")
+                    at[0] = T.min(at[0] + 1, T.int32(k))
+            for i in T.serial(k):
+                Y[b, t, i] = T.if_then_else(i < at[0], ids[i], -1)
+
+    return func

@@ -1,0 +1,208 @@
+"""The report: one page that needs nothing else, with every section its facts call for, right in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv4c import api
+from dsv4c.cli import main
+from dsv4c.cli.report.ceilings import Ceilings, measure
+from dsv4c.cli.report.charts import bound
+from dsv4c.cli.report.page import SECTIONS, render, table
+from dsv4c.runtime import Artifact
+
+CEILINGS = Ceilings(1e11, 2e10, "as given")
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With passes verified and memory planned; ONNX, because it compiles in a moment."""
+    return api.compile(
+        tiny_directory, target="cpu", format="onnx", passes="default,after(narrow_weights, plan_memory)",
+        verify_passes=True, golden=False, output=tmp_path_factory.mktemp("report") / "m.dsv4",
+    )  # fmt: skip
+
+
+def full(artifact: Path) -> Artifact:
+    """The artifact with facts for every section, as other passes and measurements leave them."""
+    opened = Artifact.open(artifact)
+    report = opened.meta["report"]
+    report["notes"] |= {
+        "prune_experts": {
+            "strength": "saliency",
+            "layers": [
+                {"layer": n, "experts_before": 4, "kept": [0, 2, 3], "dropped": [1], "bytes_before": 4096,
+                 "bytes_after": 3072, "scores": [1.0, 0.1, 2.0, None]}
+                for n in range(3)
+            ],
+        },
+        "requantise": {
+            "classes": [
+                {"class": "experts", "tensors": 12, "format_before": "f4e2m1x2", "format_after": "i8",
+                 "bytes_before": 10, "bytes_after": 20, "max_abs": 0.1, "rel_rms": 0.01, "sqnr_db": 40.0},
+                {"class": "head", "tensors": 1, "format_before": "bf16", "format_after": "f32",
+                 "bytes_before": 10, "bytes_after": 20, "max_abs": 0.0, "rel_rms": 0.0, "sqnr_db": None},
+            ]
+        },
+        "layout_engram": {
+            "tables": [
+                {"loc": "layers.1.engram", "rows": 1000, "record_bytes": 264, "hot_rows": 100,
+                 "hot_bytes": 26400, "directory_bytes": 300, "cold_bytes": 237600, "expected_hit_rate": 0.4}
+            ],
+            "hit_curve": [{"bytes": 1 << 20, "hit_rate": 0.3}, {"bytes": 1 << 24, "hit_rate": 0.9}],
+        },
+    }  # fmt: skip
+    report["quality"] = {
+        "tokens": 100, "before": {"nll": 3.0, "perplexity": 20.0}, "after": {"nll": 3.1, "perplexity": 22.0},
+        "kl": {"mean": 0.01, "p99": 0.1}, "top1": 0.97, "random": [23.0, 24.0, 25.0], "max_difference": 0.1,
+    }  # fmt: skip
+    report["error_by_layer"] = [{"layer": n, "max": 1e-3, "rms": 1e-4} for n in range(4)]
+    return opened
+
+
+class _References(HTMLParser):
+    """Everything an HTML page could load, and its headings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.titles: list[str] = []
+        self._in = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._in = tag
+        assert tag not in ("script", "iframe", "object", "embed", "base"), tag
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "data", "poster", "action") and value:
+                self.found.append(value)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._in == "h2":
+            self.titles.append(data)
+
+
+def read(text: str) -> _References:
+    parser = _References()
+    parser.feed(text)
+    return parser
+
+
+def test_the_page_loads_nothing(artifact: Path) -> None:
+    text = render(full(artifact), CEILINGS)
+    assert all(reference.startswith(("#", "data:image/png;base64,")) for reference in read(text).found)
+    assert not re.search(r"@import|url\((?!['\"]?#)", text)
+
+
+def test_sections_follow_the_facts(artifact: Path) -> None:
+    plain = read(render(Artifact.open(artifact), CEILINGS)).titles
+    assert plain == ["Pipeline", "Weights by class and format", "Planned memory", "Roofline of a step"]
+    assert read(render(full(artifact), CEILINGS)).titles == [title for title, _ in SECTIONS]
+
+
+def test_the_numbers_are_on_the_page(artifact: Path) -> None:
+    opened = full(artifact)
+    text = render(opened, CEILINGS)
+    for p in opened.meta["report"]["passes"]:
+        assert p["name"].replace('"', "&quot;") in text and f"<td class=n>{p['ops_after']}</td>" in text
+    for step in opened.meta["report"]["notes"]["plan_memory"]["steps"]:
+        assert f"<td class=n>{step['temporaries']}</td>" in text
+    for words in (
+        "22.0000",
+        "97.00 %",
+        "exact",
+        "3 of 12 experts",
+        "40.0 %",
+        "100 GFLOP/s and 20 GB/s",
+    ):
+        assert words in text, words
+
+
+def test_what_an_artifact_says_is_escaped(artifact: Path) -> None:
+    opened = full(artifact)
+    opened.meta["model"]["name"] = "<b>&"
+    assert "<b>&" not in (text := render(opened, CEILINGS)) and "&lt;b&gt;&amp;" in text
+    assert table(("<",), [("<",)], frozenset({0})).count("&lt;") == 2
+
+
+def test_equal_facts_give_equal_pages(artifact: Path) -> None:
+    assert render(full(artifact), CEILINGS) == render(full(artifact), CEILINGS)
+
+
+def test_the_bound_is_the_larger_of_arithmetic_and_bytes() -> None:
+    assert bound({"flops": 2e11, "weight_bytes": 1e9, "data_bytes": 1e9}, CEILINGS) == 2.0
+    assert bound({"flops": 2e9, "weight_bytes": 3e10, "data_bytes": 1e10}, CEILINGS) == 2.0
+
+
+def test_ceilings_are_measured() -> None:
+    found = measure(0.01)
+    assert found.flops > 1e8 and found.bandwidth > 1e8 and "measured" in found.source
+
+
+def test_the_command(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "r.html"
+    assert main(["report", str(artifact), "-o", str(page), "--ceilings", "100,20"]) == 0
+    assert str(page) in capsys.readouterr().out and "as given" in page.read_text()
+    assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["{artifact}", "-o", "{tmp}/none/r.html"], "the directory of the page does not exist"),
+        (["{artifact}", "-o", "{tmp}"], "the page is a directory"),
+        (
+            ["{artifact}", "-o", "{tmp}/r.html", "--ceilings", "fast"],
+            "ceilings 'fast'; allowed: two",
+        ),
+        (["{artifact}", "-o", "{tmp}/r.html", "--ceilings", "1,-2"], "ceilings '1,-2'"),
+        (["{tmp}/no.dsv4", "-o", "{tmp}/r.html"], "cannot be read"),
+    ],
+)
+def test_bad_input(
+    arguments: list[str], what: str, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"artifact": str(artifact), "tmp": str(tmp_path)}
+    assert main(["report", *(a.format(**places) for a in arguments)]) != 0
+    assert what in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH")
+@pytest.mark.parametrize("width", [1366, 1280])
+def test_it_fits_a_laptop(artifact: Path, tmp_path: Path, width: int) -> None:
+    """In headless Chromium: every section is drawn, no chart is empty, nothing is wider than the window."""
+    page = tmp_path / "r.html"
+    page.write_text(render(full(artifact), CEILINGS))
+    probe = """<script>document.title = JSON.stringify({
+      overflow: document.documentElement.scrollWidth - window.innerWidth,
+      sections: [...document.querySelectorAll("section")].map(s => s.getBoundingClientRect().height),
+      charts: [...document.querySelectorAll("svg")].map(s => s.getBoundingClientRect().width),
+      texts: document.querySelectorAll("svg text").length,
+      loaded: performance.getEntriesByType("resource").length })</script>"""
+    page.write_text(page.read_text().replace("</body>", probe + "</body>"))
+    assert BROWSER is not None
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},768", "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
+    assert title is not None
+    found: dict[str, Any] = json.loads(title.group(1).replace("&quot;", '"'))
+    assert found["overflow"] <= 0 and found["loaded"] == 0
+    assert len(found["sections"]) == len(SECTIONS) and min(found["sections"]) > 60
+    assert len(found["charts"]) >= 8 and min(found["charts"]) > 600 and found["texts"] > 80
