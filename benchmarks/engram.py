@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--cache-mib", type=float, default=32)
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--output", type=Path, default=None)
     a = parser.parse_args()

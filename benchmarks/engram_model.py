@@ -62,8 +62,8 @@ def engram_config(
 
 
 def build_model(
-    root: Path, vocab: int, table_bytes: int, *, blocks: int = 8, width: int = 1024, streams: int = 4,
-    engram: tuple[int, ...] = (1, 4),
+    root: Path, vocab: int, table_bytes: int, *, blocks: int = 16, width: int = 1024, streams: int = 4,
+    engram: tuple[int, ...] = (1, 6),
 ) -> Module:  # fmt: skip
     """Embedding, `blocks` blocks of dense layers, Engram in front of the blocks named; output `hidden`.
 

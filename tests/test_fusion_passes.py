@@ -126,7 +126,7 @@ def test_powers_of_two_move_into_the_weights() -> None:
     }  # fmt: skip
 
 
-ROUNDS = "some scale is no power of two, so that folding would move a"
+ROUNDS = "some scale is no power of two, so that folding would move a rounding"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from support import Arr, DictStore
 
 from dsv4c.errors import CompileError, IRError
-from dsv4c.ir import layouts
+from dsv4c.ir import layouts, maps
 from dsv4c.ir import weights as w
 from dsv4c.ir.dtypes import DType, f32_to_bf16
 from dsv4c.ir.lexer import Cursor
@@ -76,6 +76,7 @@ def paired(width: int) -> Arr:
 
 
 TALL = source("tall", 10, 6)
+POWERS = STORE.add("powers", F32, np.array([1, 2, 0.5, 4, 0.25, 1], np.float32))
 TABLE = STORE.add("layers.0.ffn.gate.tid2eid", DType.I32, np.array([[3, 2], [1, 2]]))
 
 CASES: dict[str, list[tuple[WeightExpr, Arr]]] = {
@@ -111,6 +112,11 @@ CASES: dict[str, list[tuple[WeightExpr, Arr]]] = {
     "row_scales": [(layouts.row_scales(TILES, 3, 2),
                     np.array([[127, 128, 126], [127, 128, 126], [129, 127, 130]], np.uint8)),
                    (layouts.row_scales(TILES, 2, 1), np.array([[127, 128, 126], [129, 127, 130]], np.uint8))],
+    "scale_columns": [(maps.scale_columns(A, POWERS), array("a") * array("powers"))],
+    "evaluated": [
+        (maps.evaluated(A, "scale", factor=0.5), array("a") * np.float32(0.5)),
+        (maps.evaluated(A, "clamp", low=-1.0, high=0.5), np.clip(array("a"), -1, 0.5)),
+    ],
     "unpacked": [(layouts.unpacked(A), array("a"))],
     "reroute": [
         # expert 1 goes: token 0 finds 2 taken and gets 0 instead, token 2 gets the nearest, which is 2

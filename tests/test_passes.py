@@ -202,6 +202,7 @@ IDLE = {
     "prune_experts": "its default removes what no token can choose, and here every expert is chosen",
     "fold_norm_scale": "no norm of a random model has powers of two for scales",
     "fold_constants": "the front end leaves it no work",
+    "layout_engram": "the model has no n-gram tables; tests/test_layout_engram.py has",
     "plan_memory": "it changes nothing and leaves a note",
 }
 FIRST = {
