@@ -23,7 +23,7 @@ CALIBRATE = "calibrate {checkpoint} -o {new}"
 
 BAD = [
     ("", "no command"),
-    ("comple x", "unknown command 'comple'; allowed: bench, compile"),
+    ("comple x", "unknown command 'comple'; allowed: bench, calibrate"),
     ("comple x", "did you mean 'compile'?"),
     ("--verbose", "unrecognized arguments: --verbose"),
     ("run", "the following arguments are required: FILE"),
