@@ -40,8 +40,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Two workers share the cores already; a pool of BLAS threads in each would only fight over them.
 test: lint
-	$(BIN)/python -m pytest -q -n 2
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 oracle: $(ORACLE)
 

@@ -35,7 +35,8 @@ def write_table(table: StoredTable, store: TensorStore, writer: ArtifactWriter) 
     if len(hot) and (hot.min() < 0 or hot.max() >= layout.rows or (np.diff(hot) <= 0).any()):
         raise CompileError("hot row ids must be ascending rows of the table", where=layout.name)
     bits, ranks = directory(hot, layout.rows)
-    contents = (bits, ranks, _hot_records(table, store, hot), _cold_pages(table, store, hot))
+    hot_records, cold_pages = _hot_records(table, store, hot), _cold_pages(table, store, hot)
+    contents: tuple[Bytes | npt.NDArray[Any] | Iterator[Bytes], ...] = (bits, ranks, hot_records, cold_pages)
     for (name, (dtype, shape)), content in zip(layout.shapes().items(), contents, strict=True):
         writer.add_tensor(name, dtype, shape, content, align=PAGE)
         yield writer.tensors[-1].nbytes
