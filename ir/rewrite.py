@@ -77,9 +77,9 @@ def _match(pattern: Pat, value: Value, bindings: Bindings, depth: list[int], roo
     for name, wanted in pattern.attrs:
         if op.attrs.get(name) != wanted:
             return f"{op.name}.{name} is {op.attrs.get(name)!r}, not {wanted!r}"
+    depth[0] += 1
     if pattern.single_use and not root and len(value.uses) > 1:
         return f"{op.name} @{op.loc} has {len(value.uses)} readers"
-    depth[0] += 1
     if pattern.operands is None:
         return ""
     if len(pattern.operands) != len(op.operands):
@@ -126,6 +126,27 @@ def apply_rules(module: Module, rules: tuple[Rule, ...]) -> int:
         scratch.append(op)
     module.ops = scratch
     return fired
+
+
+def near_misses(module: Module, rules: tuple[Rule, ...]) -> list[tuple[Op, str]]:
+    """The ops at which no rule fires though two ops of a pattern match, or its only one; and what stopped it.
+
+    Of several rules at one op the reason is of the one that matched most.
+    """
+    missed = []
+    for op in module.ops:
+        outcomes = [(rule, try_rule(rule, op)) for rule in rules]
+        if any(outcome.bindings is not None for _, outcome in outcomes):
+            continue
+        near = [o for rule, o in outcomes if o.depth >= min(2, _size(rule.pattern))]
+        if near:
+            missed.append((op, max(near, key=lambda outcome: outcome.depth).reason))
+    return missed
+
+
+def _size(pattern: Pat) -> int:
+    """How many ops a pattern names."""
+    return bool(pattern.op) + sum(map(_size, pattern.operands or ()))
 
 
 def explain(module: Module, rule: Rule) -> str:

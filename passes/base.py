@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 from dsv4c.errors import PassError, unknown
 from dsv4c.ir.attrs import Attr, print_attr
+from dsv4c.ir.clone import clone
 from dsv4c.ir.graph import Module
 from dsv4c.ir.levels import Level
+from dsv4c.ir.rewrite import Rule, apply_rules, near_misses
 
 KEEP = None
 """As `gives`: the level stays what it was."""
@@ -50,31 +52,44 @@ EXACT = Effect()
 
 @dataclass(frozen=True)
 class Pass:
-    """Base of all passes. Subclasses are verbs, set `name`, and implement `run`.
+    """Base of all passes. Subclasses are verbs, set `name`, and either `rules` or `run`.
 
     Class attributes:
         name: the word in a pipeline string.
         takes: the levels it accepts.
         gives: the level of its result, or None to keep it.
         doc: one sentence for `dsv4c passes`.
+        rules: what the inherited `run` applies, once over the module in op order.
     """
 
     name: ClassVar[str]
     doc: ClassVar[str]
     takes: ClassVar[frozenset[Level]] = frozenset(Level)
     gives: ClassVar[Level | None] = KEEP
+    rules: ClassVar[tuple[Rule, ...]] = ()
 
     def run(self, module: Module) -> int:
-        """Change `module` in place; returns how many places changed."""
-        raise NotImplementedError
+        """Change `module` in place; returns how many places changed.
+
+        A pass that decides place by place leaves `module.notes[name]["kept"]`, reasons by location, where it
+        decided against. Dead code may be left: `run_pipeline` removes it.
+        """
+        if not self.rules:
+            raise NotImplementedError(f"pass {self.name} has neither rules nor a run of its own")
+        return apply_rules(module, self.rules)
 
     def effect(self) -> Effect:
         """What the pass, with these options, may do to results."""
         return EXACT
 
     def explain(self, module: Module) -> list[str]:
-        """Where it would not apply to `module`, and why: one line a place; nothing is changed."""
-        return []
+        """Where it would not apply to `module`, and why: one line a place. `module` is left as it is."""
+        lines = [f"{op.name} @{op.loc}: {reason}" for op, reason in near_misses(module, self.rules)]
+        tried = clone(module)
+        tried.notes.pop(self.name, None)
+        self.run(tried)
+        kept = tried.notes.get(self.name, {}).get("kept", {})
+        return lines + [f"@{loc}: {reason}" for loc, reason in kept.items()]
 
     def __str__(self) -> str:
         options = [f"{f.name}={print_attr(getattr(self, f.name))}" for f in fields(self)]

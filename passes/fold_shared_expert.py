@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dsv4c.ir import weights as w
-from dsv4c.ir.graph import Builder, Module, Op, Value
+from dsv4c.ir.graph import Builder, Op, Value
 from dsv4c.ir.levels import Level
-from dsv4c.ir.rewrite import Bindings, Pat, Rule, any_, apply_rules
+from dsv4c.ir.rewrite import Bindings, Pat, Rule, any_
 from dsv4c.ir.weights import WeightExpr
 
 from .base import Pass
-from .cleanup import EliminateDeadCode
 from .stored_format import stored_format
 
 _SHARED = Pat("linear", (
@@ -83,8 +82,4 @@ class FoldSharedExpert(Pass):
     doc: ClassVar[str] = "make the shared expert a routed one that every token chooses"
     takes: ClassVar[frozenset[Level]] = frozenset({Level.FUSED})
     gives: ClassVar[Level | None] = Level.FUSED
-
-    def run(self, module: Module) -> int:
-        fired = apply_rules(module, SHARED_EXPERT)
-        EliminateDeadCode().run(module)
-        return fired
+    rules: ClassVar[tuple[Rule, ...]] = SHARED_EXPERT

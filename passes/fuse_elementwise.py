@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from math import inf
 from typing import ClassVar
 
-from dsv4c.ir.graph import Builder, Module, Op, Value
+from dsv4c.ir.graph import Builder, Op, Value
 from dsv4c.ir.levels import Level
-from dsv4c.ir.rewrite import Bindings, Pat, Rule, any_, apply_rules
+from dsv4c.ir.rewrite import Bindings, Pat, Rule, any_
 
 from .base import Pass
-from .cleanup import EliminateDeadCode
 
 
 def _limits(bindings: Bindings, op: Op) -> str:
@@ -57,11 +56,7 @@ class FuseSwiglu(Pass):
     doc: ClassVar[str] = "fold the two clamps of an MLP into its SwiGLU"
     takes: ClassVar[frozenset[Level]] = frozenset({Level.MODEL, Level.FUSED})
     gives: ClassVar[Level | None] = Level.FUSED
-
-    def run(self, module: Module) -> int:
-        fired = apply_rules(module, (CLAMPED_SWIGLU,))
-        EliminateDeadCode().run(module)
-        return fired
+    rules: ClassVar[tuple[Rule, ...]] = (CLAMPED_SWIGLU,)
 
 
 @dataclass(frozen=True)
@@ -72,8 +67,4 @@ class FuseIndexSelect(Pass):
     doc: ClassVar[str] = "select index entries without keeping every score"
     takes: ClassVar[frozenset[Level]] = frozenset({Level.MODEL, Level.FUSED})
     gives: ClassVar[Level | None] = Level.FUSED
-
-    def run(self, module: Module) -> int:
-        fired = apply_rules(module, (INDEX_SELECT,))
-        EliminateDeadCode().run(module)
-        return fired
+    rules: ClassVar[tuple[Rule, ...]] = (INDEX_SELECT,)

@@ -32,7 +32,10 @@ class _Expert:
 
 @dataclass(frozen=True)
 class FuseExpertGemms(Pass):
-    """Each dispatch whose experts are all clamped SwiGLU MLPs of one shape becomes an `expert_mlp`; exact."""
+    """Each dispatch whose experts are all clamped SwiGLU MLPs of one shape becomes an `expert_mlp`; exact.
+
+    `module.notes["fuse_expert_gemms"]` says which stay apart and why.
+    """
 
     name: ClassVar[str] = "fuse_expert_gemms"
     doc: ClassVar[str] = "merge the experts of a layer into one grouped MLP"
@@ -41,14 +44,18 @@ class FuseExpertGemms(Pass):
 
     def run(self, module: Module) -> int:
         fused, ops = 0, []
+        kept: dict[str, str] = {}
         for op in module.ops:
-            found = recognise(op) if op.name == "combine" else "not a combine"
-            if not isinstance(found, str):
+            found = recognise(op) if op.name == "combine" else ""
+            if isinstance(found, tuple):
                 ops += _replace(module, op, *found)
                 fused += 1
+            elif found:
+                kept[op.loc] = found
             ops.append(op)
         module.ops = ops
         EliminateDeadCode().run(module)
+        module.notes[self.name] = {"fused": fused, "kept": kept}
         return fused
 
 

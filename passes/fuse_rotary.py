@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from dsv4c.ir.graph import Builder, Module, Op, Value
 from dsv4c.ir.levels import Level
-from dsv4c.ir.rewrite import Bindings, Pat, Rule, any_, apply_rules, match
+from dsv4c.ir.rewrite import Bindings, Pat, Rule, any_, match
 
 from .base import Pass
 from .cleanup import EliminateDeadCode
@@ -47,11 +47,7 @@ class FuseNormRotary(Pass):
     doc: ClassVar[str] = "rotate rows while they are normalised"
     takes: ClassVar[frozenset[Level]] = frozenset({Level.FUSED})
     gives: ClassVar[Level | None] = Level.FUSED
-
-    def run(self, module: Module) -> int:
-        fired = apply_rules(module, NORM_ROTARY)
-        EliminateDeadCode().run(module)
-        return fired
+    rules: ClassVar[tuple[Rule, ...]] = NORM_ROTARY
 
 
 _RINGS = (any_("kv_ring"), any_("gate_ring"), any_("pos"), any_("n_valid"))

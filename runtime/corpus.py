@@ -44,7 +44,8 @@ def documents(
         limit: tokens to keep, over all documents; None keeps all.
 
     Raises:
-        UsageError: a document is empty, or not ids of this vocabulary.
+        UsageError: a document is empty, or not ids of this vocabulary (a tokenizer may know more than the
+            model).
     """
     if not texts:
         raise UsageError("no text", where="text", allowed="at least one document")
@@ -55,7 +56,7 @@ def documents(
         if left == 0:
             break
         where = f"text {index + 1}" if len(texts) > 1 else "text"
-        ids = encode(tokenizer(), text) if isinstance(text, str) else _checked(text, vocab, where)
+        ids = _checked(encode(tokenizer(), text) if isinstance(text, str) else text, vocab, where)
         ids = ids[1:] if len(ids) and ids[0] == bos else ids
         if not len(ids):
             raise UsageError("is empty", where=where, allowed="at least one token")

@@ -88,6 +88,8 @@ def test_documents_are_checked_and_limited() -> None:
 def test_long_text_is_encoded_in_pieces(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tokenizer_of(Artifact.open(built.artifact))
     text = "ab c" * 10
+    with pytest.raises(UsageError, match="token id 61 is outside the vocabulary"):
+        corpus.documents(["123456"], lambda: tokenizer, 61, 0, None)
     whole = corpus.encode(tokenizer, text)
     monkeypatch.setattr(corpus, "PIECE", 7)
     np.testing.assert_array_equal(corpus.encode(tokenizer, text), whole)
