@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from dsv4c.errors import CompileError, EvalError, UsageError
 from dsv4c.ir.graph import Module, Value
 from dsv4c.ir.meaning import Evaluator
 from dsv4c.passes import Pass
-from dsv4c.passes.instrument_experts import PREFIX
+from dsv4c.passes.instrument import PREFIX, InstrumentInputs
 from dsv4c.passes.prune_experts import PruneExperts
+from dsv4c.passes.requantise import STATISTIC
 from dsv4c.passes.statistics import ExpertUsage, Statistics
 from dsv4c.runtime import Artifact, Session
 from dsv4c.runtime.container import amend_meta
@@ -31,7 +32,7 @@ from dsv4c.runtime.session import DEFAULT_CHUNK, DEFAULT_CONTEXT
 from dsv4c.targets.golden import golden_tokens
 
 Arr = npt.NDArray[Any]
-PASSES = "after(fuse_expert_gemms, instrument_experts)"
+PASSES = "after(fuse_expert_gemms, instrument_inputs), after(fuse_expert_gemms, instrument_experts)"
 """Edits a target's own pipeline; see `passes.parse_pipeline`."""
 
 
@@ -48,11 +49,11 @@ def calibrate(
     max_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
-    """Count how texts use the experts of a checkpoint, by running its compiled model over them.
+    """Count how texts use a checkpoint's experts and what its matrices are fed, by its compiled model.
 
     Every window of `context` positions starts from a fresh state, with the model's beginning-of-sequence
-    token where it has one, which counts like any other. Tokens are counted exactly; gates and saliencies are
-    summed in float32 over one call of at most `chunk` tokens and in float64 from there on.
+    token where it has one, which counts like any other. Tokens are counted exactly; gates, saliencies
+    and squares are summed in float32 over one call of at most `chunk` tokens and in float64 from there on.
 
     Args:
         source: a checkpoint directory, or a MODEL-level module with its weights.
@@ -63,7 +64,9 @@ def calibrate(
         progress: called with (what, done, total), also by the compilation.
 
     Returns:
-        The statistics; `extra["tokens"]` int64 [vocab] says how often each token was fed.
+        The statistics; `extra["tokens"]` int64 [vocab] says how often each token was fed,
+        `extra["mean_square.<location>"]` float32 [K] the mean square of every column that a matrix is
+        multiplied with (see `passes.instrument.InstrumentInputs` for which), as `requantise` reads it.
 
     Raises:
         UsageError: a text is empty or not ids of the vocabulary, or text for a checkpoint without a
@@ -85,7 +88,9 @@ def calibrate(
         path = Path(folder) / "instrumented.dsv4"
         api.compile(module, output=path, target=target, passes=PASSES, golden=False, progress=progress)
         session = Session(path, context=length, threads=threads)
-        return _count(session, api.identity(module), list(windows(ids, length, bos)), chunk, progress)
+        measured = Artifact.open(path).meta["report"]["notes"][InstrumentInputs.name]["states"]
+        given = list(windows(ids, length, bos))
+        return _count(session, api.identity(module), given, chunk, measured, progress)
 
 
 def _fact(module: Module, name: str) -> int | None:
@@ -108,10 +113,15 @@ def _tokenizer(module: Module) -> Tokenizer:
 
 
 def _count(
-    session: Session, identity: str, texts: Sequence[Ids], chunk: int, progress: Progress | None
-) -> Statistics:
-    """Feed every window and take the counts out of the state after every call."""
-    names = [name for name in session.state if name.startswith(PREFIX)]
+    session: Session, identity: str, texts: Sequence[Ids], chunk: int, measured: Mapping[str, Sequence[str]],
+    progress: Progress | None,
+) -> Statistics:  # fmt: skip
+    """Feed every window and take the counts out of the state after every call.
+
+    Args:
+        measured: state of sums of squares -> the locations of the weights that are fed so.
+    """
+    names = [name for name in session.state if name.startswith(PREFIX) or name in measured]
     sums = {name: np.zeros(session.state[name].shape, np.float64) for name in names}
     report = progress or (lambda what, done, total: None)
     seen = _TokenCounts(int(session.model["vocab_size"]))
@@ -131,8 +141,14 @@ def _count(
     usage = {
         name.removeprefix(PREFIX): ExpertUsage(s[:, 0].astype(np.int64), s[:, 1].copy(), s[:, 2].copy())
         for name, s in sums.items()
+        if name.startswith(PREFIX)
     }
-    return Statistics(identity, len(seen.counts), total, usage, seen.extra())
+    squares = {
+        STATISTIC + loc: (sums[name] / max(total, 1)).astype(np.float32)
+        for name, locs in measured.items()
+        for loc in locs
+    }
+    return Statistics(identity, len(seen.counts), total, usage, seen.extra() | squares)
 
 
 class _TokenCounts:

@@ -38,6 +38,7 @@ KJV = ROOT / "examples" / "kjv"
 BOS, BATCH = 0, 4
 CUTS = ("0.75:*", "0.75:layers.[2-4].ffn", "0.5:*")
 """Fraction kept and layers: a quarter everywhere, a quarter where scores choose, a half everywhere."""
+STRENGTHS = ("saliency", "frequency")
 
 Ids = npt.NDArray[np.int64]
 
@@ -97,7 +98,7 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
     texts = [Path(p).read_text(encoding="utf-8") for p in (options.calibration, options.heldout)]
     calibration, held_out = (windows(tokenizer, text, options.window) for text in texts)
     statistics = count(module, [given for given, _ in calibration], Path(options.checkpoint).parent.name)
-    whole = measure(module, None, held_out, options.threads)
+    whole = measure(module, (), held_out, options.threads)
     print(f"unpruned: {whole['loss']:.4f} nats per token")
     cuts = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -106,17 +107,22 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
         for cut in options.cuts:
             keep, _, layers = cut.partition(":")
             common: dict[str, Any] = {"keep": float(keep), "scope": options.scope, "layers": layers or "*"}
-            variants = {
-                "saliency": PruneExperts("saliency", stats=stats, **common),
-                "frequency": PruneExperts("frequency", stats=stats, **common),
-                **{f"random {s}": PruneExperts("random", seed=s, **common) for s in range(options.seeds)},
-            }
-            found = {
-                n: measure(module, p, held_out, options.threads, f"{cut} {n}") for n, p in variants.items()
-            }
-            cuts[cut] = {s: compare(found, s, whole["loss"]) for s in ("saliency", "frequency")} | {
-                "results": {n: {"loss": r["loss"], "dropped": r["dropped"]} for n, r in found.items()}
-            }
+            found = {}
+
+            def add(name: str, *passes: PruneExperts, found: dict[str, Any] = found, cut: str = cut) -> None:
+                found[name] = measure(module, passes, held_out, options.threads, f"{cut} {name}")
+
+            for strength in STRENGTHS:
+                add(strength, PruneExperts(strength, stats=stats, **common))
+            for seed in range(options.seeds):
+                add(f"random {seed}", PruneExperts("random", seed=seed, **common))
+            if options.scope == "global":
+                for seed in range(options.seeds):
+                    add(f"matched {seed}", *matched(module, found["saliency"]["dropped"], seed))
+            baselines = ("random", "matched") if options.scope == "global" else ("random",)
+            cuts[cut] = {
+                s: {b: compare(found, s, b, whole["loss"]) for b in baselines} for s in STRENGTHS
+            } | {"results": {n: {"loss": r["loss"], "dropped": r["dropped"]} for n, r in found.items()}}
     usage = {
         loc: {"tokens": u.tokens.tolist(), "mean_saliency": [round(s, 5) for s in u.mean_saliency.tolist()]}
         for loc, u in statistics.experts.items()
@@ -125,29 +131,43 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
     return {"tokens": tokens, "usage": usage, "unpruned": whole["loss"]} | cuts
 
 
+def matched(module: Module, dropped: dict[str, list[int]], seed: int) -> tuple[PruneExperts, ...]:
+    """As many experts of every layer as in `dropped`, by chance: what did choosing the experts add?"""
+    experts = {layer.loc: layer.count for layer in find_layers(module)[0]}
+    return tuple(
+        PruneExperts("random", keep=1 - len(gone) / experts[loc], seed=seed * len(dropped) + i, layers=loc)
+        for i, (loc, gone) in enumerate(dropped.items())
+        if gone
+    )
+
+
 def measure(
-    module: Module, p: PruneExperts | None, held_out: Sequence[tuple[Ids, Ids]], threads: int, name: str = ""
+    module: Module,
+    passes: tuple[PruneExperts, ...],
+    held_out: Sequence[tuple[Ids, Ids]],
+    threads: int,
+    name: str = "",
 ) -> dict[str, Any]:
-    """Loss of the module after `p`, window by window too, and which experts went."""
-    changed, start = clone(module), time.perf_counter()
-    if p:
-        run_pipeline(changed, (p,))
+    """Loss of the module after `passes`, window by window too, and which experts went."""
+    changed, start, dropped = clone(module), time.perf_counter(), {}
+    for one in passes:
+        run_pipeline(changed, (one,))
+        dropped |= {n["layer"]: n["dropped"] for n in changed.notes[one.name]["layers"]}
     found = losses(changed, held_out, threads)
     loss = float(np.mean(found))
     if name:
         print(f"{name:32} {loss:.4f} ({time.perf_counter() - start:.0f} s)", flush=True)
-    dropped = {n["layer"]: n["dropped"] for n in changed.notes[p.name]["layers"]} if p else {}
     return {"loss": loss, "windows": found, "dropped": dropped}
 
 
-def compare(results: dict[str, Any], name: str, base: float) -> dict[str, float]:
-    """One strength against the random seeds; `base` is the loss of the whole model.
+def compare(results: dict[str, Any], name: str, baseline: str, base: float) -> dict[str, float]:
+    """One strength against the seeds of a baseline; `base` is the loss of the whole model.
 
     `rank` 1 is better than every seed. `paired` is how much lower its loss is than the mean of the seeds,
     window by window, with the standard error over windows: it says what another text would change.
     """
     loss = results[name]["loss"]
-    seeds = [r for n, r in results.items() if n.startswith("random")]
+    seeds = [r for n, r in results.items() if n.startswith(f"{baseline} ")]
     random = np.array([r["loss"] for r in seeds])
     difference = np.mean([r["windows"] for r in seeds], axis=0) - np.array(results[name]["windows"])
     return {
@@ -179,14 +199,15 @@ def main() -> None:
     named = {k: Path(v).name if k in ("checkpoint", "calibration", "heldout") else v
              for k, v in vars(options).items() if k != "output"}  # fmt: skip
     report = {"machine": machine(), "options": named} | study(options)
-    name = f"{datetime.now(UTC):%Y-%m-%d}-pruning.json"
+    name = f"{datetime.now(UTC):%Y-%m-%d}-pruning-{options.scope}.json"
     output = Path(options.output or Path(__file__).parent / "results" / name)
     output.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in report.items())
     output.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
     for cut in options.cuts:
-        for strength in ("saliency", "frequency"):
-            print(cut, strength, json.dumps(report[cut][strength]))
+        for strength in STRENGTHS:
+            for baseline, found in report[cut][strength].items():
+                print(cut, strength, "against", baseline, json.dumps(found))
     print(output)
 
 

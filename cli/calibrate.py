@@ -1,4 +1,4 @@
-"""`dsv4c calibrate`: how text uses the experts of a checkpoint, as a file that pruning passes read."""
+"""`dsv4c calibrate`: how text uses a checkpoint, as a file that pruning and requantising passes read."""
 
 from __future__ import annotations
 
@@ -105,10 +105,11 @@ def _text(facts: dict[str, Any]) -> str:
 
 CALIBRATE = Command(
     name="calibrate",
-    summary="count how text uses the experts of a checkpoint",
+    summary="count how text uses the experts and matrices of a checkpoint",
     about="Compile a checkpoint with counters beside its experts, run text through it, and write per layer\n"
     "and expert the tokens routed to it, the sum of its gate weights and the sum of the norms of its\n"
-    "weighted outputs. Pruning passes read the file. The text is cut into windows that each start afresh.",
+    "weighted outputs, and per matrix the mean square of every column of its input. prune_experts reads\n"
+    "the first, requantise{search=true} the last. The text is cut into windows that each start afresh.",
     examples=(
         "dsv4c calibrate CHECKPOINT --text train.txt -o statistics.npz",
         "dsv4c calibrate CHECKPOINT --text a.txt --text b.txt --max-tokens 100000 -o statistics.npz",

@@ -6,6 +6,7 @@ Which scheme rounds how is `ir.encode`; which conversions keep every value is `i
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,8 +59,8 @@ class Requantise(Pass):
         experts, shared, linears (attention and indexer), compressor, embedding, head: a scheme of
             `ir.formats.SCHEMES`, or "" to leave the class as it is stored. "bf16" and "f32" unpack.
         search: for schemes whose scales belong to one row, choose each scale by least squared error.
-        stats: a file of calibration statistics; entries ``mean_square.<location of the weight>`` (f64 [K])
-            weigh the squared error of the columns. Needs `search`.
+        stats: a file of calibration statistics; entries ``mean_square.<location of the weight>`` ([K])
+            weigh the squared error of the columns; `*` may stand for an expert's number. Needs `search`.
         samples: matrices per class whose error is measured, evenly spaced; 0 measures nothing.
 
     Notes: `classes`, a list of {"class", "format_before", "format_after", "tensors" (matrices),
@@ -139,7 +140,8 @@ def _is_matrix(op: Op) -> bool:
 
 def _importance(module: Module, op: Op, statistics: Statistics) -> WeightExpr | None:
     """What calibration says of the inputs of a weight, as an expression; puts the numbers into the store."""
-    name = STATISTIC + op.loc
+    names = (STATISTIC + op.loc, STATISTIC + re.sub(r"\.experts\.\d+\.", ".experts.*.", op.loc))
+    name = next((name for name in names if name in statistics.extra), "")
     found = statistics.extra.get(name)
     if found is None:
         return None

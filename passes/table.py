@@ -10,7 +10,7 @@ from .fuse_elementwise import FuseIndexSelect, FuseSwiglu
 from .fuse_expert_gemms import FuseExpertGemms
 from .fuse_hyper import FuseHyper
 from .fuse_rotary import FuseNormRotary, FuseRotaryWrite
-from .instrument_experts import InstrumentExperts
+from .instrument import InstrumentExperts, InstrumentInputs
 from .layout_engram import LayoutEngram
 from .merge_projections import MergeProjections
 from .narrow_weights import NarrowWeights
@@ -36,6 +36,7 @@ PASSES: dict[str, type[Pass]] = {
         FoldNormScale,
         FoldConstants,
         InstrumentExperts,
+        InstrumentInputs,
         LayoutEngram,
         NarrowWeights,
         PlanMemory,

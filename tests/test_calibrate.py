@@ -19,7 +19,7 @@ from dsv4c.api import identity, load_checkpoint
 from dsv4c.errors import PassError, TargetError, UsageError
 from dsv4c.ir.graph import Module, Op
 from dsv4c.ir.meaning import Evaluator
-from dsv4c.passes.instrument_experts import PREFIX
+from dsv4c.passes.instrument import INPUTS, PREFIX
 from dsv4c.passes.statistics import Statistics
 from dsv4c.runtime import Artifact, Session
 from dsv4c.runtime.verify import verify
@@ -51,6 +51,30 @@ def slow_count(module: Module, windows: Sequence[Arr]) -> dict[str, Arr]:
                 ]
                 sums[op.loc] = sums.get(op.loc, 0) + np.array(rows)
     return sums
+
+
+def mean_squares(module: Module, windows: list[Arr]) -> dict[str, Arr]:
+    """Per weight what it is fed, from the MODEL graph; experts by the router's input, under one name."""
+    evaluator, sums, count = Evaluator(module), dict[str, Arr](), 0
+    for ids in windows:
+        inputs = {"tokens": ids[None], "n_valid": np.array([len(ids)]), "rows": np.zeros((1, 1))}
+        trace = evaluator(inputs, evaluator.fresh_state(B=1, ctx=len(ids)), trace=True).trace
+        count += len(ids)
+        for op in module.ops:
+            x = op.operands[0] if op.operands else None
+            if x is None or x.producer is None or op.name not in ("linear", "dispatch"):
+                continue
+            value = trace[x.producer][x.producer.results.index(x)]
+            if value.shape[:-1] != (1, len(ids)):
+                continue  # rows of one expert, or the rows whose logits are asked for
+            matrix = op.operands[1].producer
+            locs = [f"{op.loc}.experts.*.{w}.weight" for w in ("w1", "w3")]
+            if op.name == "linear":
+                assert matrix is not None
+                locs = [matrix.loc]
+            for loc in locs:
+                sums[loc] = sums.get(loc, 0) + np.square(value[0].astype(float)).sum(axis=0)
+    return {loc: total / count for loc, total in sums.items()}
 
 
 def _combine(dispatch: Op) -> Op:
@@ -113,6 +137,10 @@ def test_counts_are_those_of_the_evaluator(built: Built) -> None:
     assert found.tokens_seen == histogram.sum() == 70 + 9 + 5
     np.testing.assert_array_equal(found.extra["tokens"], histogram)
     assert found.extra["tokens"].dtype == np.int64
+    squares = mean_squares(module, fed())
+    assert {n.removeprefix("mean_square.") for n in found.extra if n != "tokens"} == set(squares)
+    for loc, mean in squares.items():
+        np.testing.assert_allclose(found.extra["mean_square." + loc], mean, rtol=1e-4, err_msg=loc)
     steps = [done for what, done, total in seen if what == "calibration" and total == 84]
     assert steps[:4] == [0, 7, 14, 21] and steps[-1] == 84 and steps == sorted(steps)
 
@@ -170,7 +198,8 @@ def test_counting_changes_no_logit(built: Built, instrumented: Path) -> None:
     plain, counted = (Session(path, context=64, threads=1) for path in (built.bare, instrumented))
     for part in (TEXTS[0][:17], TEXTS[0][17:18], TEXTS[0][18:40]):
         np.testing.assert_array_equal(counted.step(part), plain.step(part))
-    assert counted.state.keys() - plain.state.keys() == {f"{PREFIX}layers.{i}.ffn" for i in range(4)}
+    added = {name for name in counted.state.keys() - plain.state.keys() if not name.startswith(INPUTS)}
+    assert added == {f"{PREFIX}layers.{i}.ffn" for i in range(4)}
     assert counted.state[f"{PREFIX}layers.0.ffn"].shape == (EXPERTS, 3)
 
 
@@ -185,17 +214,23 @@ def test_counts_beyond_what_float32_can_count() -> None:
 
     class Busy:
         def __init__(self) -> None:
-            self.state, self.model = {name: np.zeros((1, 3), np.float32)}, {"vocab_size": 9}
+            self.state = {name: np.zeros((1, 3), np.float32), "inputs.w": np.zeros(2, np.float32)}
+            self.model = {"vocab_size": 9}
 
         def reset(self) -> None:
-            self.state[name][...] = 0
+            for array in self.state.values():
+                array[...] = 0
 
         def prefill(self, prompts: list[list[int]], chunk: int) -> None:
             assert len(prompts[0]) <= chunk == 2
             self.state[name] += np.float32([[much, 0.5, 0.25]])
+            self.state["inputs.w"] += np.float32([much, 0])
 
     texts = [np.array([0, 1, 2, 3, 4]), np.array([0, 5])]
-    found = quality._count(Busy(), "busy", texts, 2, None)  # type: ignore[arg-type]
+    fed = {"inputs.w": ["v", "w"]}
+    found = quality._count(Busy(), "busy", texts, 2, fed, None)  # type: ignore[arg-type]
+    for loc in ("v", "w"):
+        assert found.extra[f"mean_square.{loc}"].tolist() == [np.float32(4 * much / 7), 0]
     usage = found.experts["layers.0.ffn"]
     assert usage.tokens.tolist() == [4 * much] and usage.gate.tolist() == [2.0]
     assert found.extra["tokens"].tolist() == [2, 1, 1, 1, 1, 1, 0, 0, 0] and found.tokens_seen == 7

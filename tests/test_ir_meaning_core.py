@@ -41,6 +41,15 @@ def test_router() -> None:
     assert value(c, t=[[1, 0, 1]]).tolist() == [[[2, 3], [0, 1], [2, 3]]]
 
 
+def test_input_statistics() -> None:
+    """Two tokens of one row and none of the other, on top of what was summed."""
+    c = Case()
+    c.op("input_statistics", c.state("sums", 2), c.f32("x", B, T, 2), c.i32("n_valid", B))
+    c.module.outputs["sums"] = c.module.outputs.pop("input_statistics")
+    x = [[[1.0, -2.0], [3.0, 4.0]], [[7.0, 7.0], [7.0, 7.0]]]
+    close(value(c, sums=[0.5, 1.0], x=x, n_valid=[2, 0]), [0.5 + 1 + 9, 1.0 + 4 + 16])
+
+
 def test_expert_statistics() -> None:
     """Two real tokens, 1 and 3 (clamped to 2 inside), and one of padding, on top of what was counted."""
     c = Case()

@@ -87,6 +87,7 @@ VALID: dict[str, Use] = {
     "add_route": (("i32[B, T, 2]", "f32[B, T, 2]"), {"expert": 4}, ("i32[B, T, 3]", "f32[B, T, 3]")),
     "expert_statistics": (("f32[4, 3]", "f32[B, T, 6]", "i32[B, T, 2]", "f32[B, T, 2]", "i32[B]",
                            "bf16[4, 10, 6]", "bf16[4, 6, 5]"), {"limit": 10.0}, ("f32[4, 3]",)),
+    "input_statistics": (("f32[6]", "f32[B, T, 6]", "i32[B]"), {}, ("f32[6]",)),
     "add_bias": (("f32[B, T, 6]", "f32[6]"), {}, ("f32[B, T, 6]",)),
     "compress_tokens": (("i32[B, T]", "i32[61]"), {"dead": True, "dead_token": 7}, ("i32[B, T]",)),
     "ngram_rows": (("i32[B, T]", "i32[B, 3]", "i32[B]", "i32[B]"), NGRAM, ("i32[B, T, 4]",)),
@@ -128,7 +129,8 @@ WRONG_SHAPES = [
     ("scale_rows", 1, "f32[R.1]"), ("expert_mlp", 4, "bf16[4, 10, 7]"), ("expert_mlp", 5, "bf16[4, 6, 6]"),
     ("expert_mlp", 5, "bf16[3, 6, 5]"), ("expert_statistics", 0, "f32[5, 3]"),
     ("expert_statistics", 0, "f32[4, 2]"), ("expert_statistics", 2, "i32[B, L, 2]"),
-    ("expert_statistics", 6, "bf16[4, 6, 6]"),
+    ("expert_statistics", 6, "bf16[4, 6, 6]"), ("input_statistics", 0, "f32[5]"),
+    ("input_statistics", 1, "f32[B, 6]"), ("input_statistics", 2, "i32[L]"),
     ("add_bias", 1, "f32[7]"), ("ngram_rows", 1, "i32[B, 1]"), ("ngram_rows", 1, "i32[C, 3]"),
     ("ngram_rows", 1, "i32[B, n]"), ("ngram_history", 1, "i32[C, T]"), ("engram_rows", 2, "f8e8m0[27, 2]"),
     ("engram_prefetch", 0, "i32[B, T]"), ("engram_fetch", 1, "f8e4m3[26, n]"), ("engram_fetch", 2, "i32[27]"),
@@ -270,7 +272,7 @@ def test_consumed_operands_have_the_type_of_the_result() -> None:
     consuming = {name: d.consumes for name, d in OPS.items() if d.consumes is not None}
     assert consuming == {
         "advance": 0, "ring_write": 0, "entries_append": 0, "expert_statistics": 0, "ngram_history": 0,
-        "entries_close": 0,
+        "entries_close": 0, "input_statistics": 0,
     }  # fmt: skip
     for name in consuming:
         types, _, results = VALID[name]

@@ -1,4 +1,4 @@
-"""Expert statistics: the kernels against their meaning, over calls, padding and cuts."""
+"""What experts and matrices are fed: the kernels against their meaning, over calls, padding and cuts."""
 
 from __future__ import annotations
 
@@ -66,3 +66,26 @@ def test_a_cut_changes_no_count() -> None:
     whole = case.run(given)["counts"]
     np.testing.assert_array_equal(counts[:, 0], whole[:, 0])
     np.testing.assert_allclose(counts, whole, rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------- inputs
+
+
+@functools.cache
+def squares(k: int) -> Case:
+    c = Case()
+    x, n_valid, sums = c.f32("x", B, T, k), c.i32("n_valid", B), c.state("sums", k)
+    c.op("input_statistics", sums, x, n_valid, out="sums")
+    return c
+
+
+@pytest.mark.parametrize("k", [1, 7, 16, 40, 64])
+@pytest.mark.parametrize(("b", "t"), [(1, 1), (2, 3), (3, 13)])
+def test_squares_of_inputs(k: int, b: int, t: int) -> None:
+    rng, n_valid = np.random.default_rng(k), ints(*[t, 0, t // 2][:b])
+    x = poison(normal(rng, b, t, k), n_valid)
+    given = {"x": x, "n_valid": n_valid, "sums": rng.uniform(0, 9, k).astype(np.float32)}
+    found = squares(k).check(given)["sums"]
+    added = [np.square(x[row, :n].astype(float)).sum(axis=0) for row, n in enumerate(n_valid)]
+    want = given["sums"] + sum(added)
+    np.testing.assert_allclose(found, want, rtol=1e-6)

@@ -207,6 +207,7 @@ IDLE = {
 }
 FIRST = {
     "instrument_experts": "fuse_swiglu,fuse_expert_gemms",
+    "instrument_inputs": "fuse_swiglu,fuse_expert_gemms",
     "fold_shared_expert": "fuse_swiglu,fuse_expert_gemms,narrow_weights",
     "fuse_rotary_write": "fuse_swiglu,fuse_norm_rotary",
 }

@@ -190,7 +190,9 @@ def test_model_and_fused_level_store_the_same(scheme: str, tiny_model: Module) -
 # ------------------------------------------------------------------------------------- statistics
 
 
-def searched(tmp_path: Path, extra: dict[str, Arr], **options: Any) -> tuple[Module, Arr]:
+def searched(
+    tmp_path: Path, extra: dict[str, Arr], loc: str = "layers.0.attn.wq_a.weight"
+) -> tuple[Module, Arr]:
     """One linear of an outlier column, requantised with statistics; (module, its new weight)."""
     rng = np.random.default_rng(3)
     table = rng.standard_normal((16, 64)).astype(np.float32)
@@ -199,11 +201,11 @@ def searched(tmp_path: Path, extra: dict[str, Arr], **options: Any) -> tuple[Mod
     module = Module("m", store=store)
     b = Builder(module)
     x = b.input("x", f32(3, 64))
-    weight = b.weight(store.add("a", DType.F32, table), "layers.0.attn.wq_a.weight")
+    weight = b.weight(store.add("a", DType.F32, table), loc)
     module.outputs["y"] = b.op("linear", x, weight)
     path = tmp_path / "statistics.npz"
     Statistics("model", 61, 100, {}, extra).save(path)
-    run_pipeline(module, (Requantise(linears="int4_g64", search=True, stats=str(path), **options),))
+    run_pipeline(module, (Requantise("int4_g64", linears="int4_g64", search=True, stats=str(path)),))
     (op,) = module.weights()
     assert op.weight is not None and module.store is not None
     return module, w.values(op.weight, module.store) - table
@@ -222,6 +224,16 @@ def test_statistics_weigh_the_columns(tmp_path: Path) -> None:
         str(s.attr("name")) for op in module.weights() if op.weight for s in op.weight.sources()
     }
     assert np.array_equal(blind, searched(tmp_path, {"mean_square.of_another": seen})[1])
+
+
+def test_experts_share_what_their_layer_is_fed(tmp_path: Path) -> None:
+    seen = np.ones(64)
+    seen[5] = 0
+    stars = {"mean_square.layers.0.ffn.experts.*.w1.weight": seen}
+    loc = "layers.0.ffn.experts.11.w1.weight"
+    own = searched(tmp_path, {f"mean_square.{loc}": seen, **stars}, loc)[1]
+    assert np.array_equal(searched(tmp_path, stars, loc)[1], own)
+    assert not np.array_equal(searched(tmp_path, {}, loc)[1], own)
 
 
 @pytest.mark.parametrize("bad", [np.ones(63), np.full(64, -1.0), np.full(64, np.nan), np.ones((1, 64))])

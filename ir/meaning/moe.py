@@ -88,3 +88,8 @@ def expert_statistics(
         gate = weights[b, t, slot]
         out[expert] += (len(b), gate.sum(), np.linalg.norm(gate[:, None] * y, axis=1).sum())
     return out
+
+
+def input_statistics(op: Op, sums: Arr, x: Arr, n_valid: Arr) -> Arr:
+    real = np.arange(x.shape[1])[None, :] < n_valid[:, None]
+    return np.asarray(sums + np.square(x[real]).sum(axis=0))

@@ -90,6 +90,13 @@ def _expert_statistics(sig: Signature) -> Types:
     return (sig.type(0),)
 
 
+def _input_statistics(sig: Signature) -> Types:
+    b, _, k = sig.shape(1, 3)
+    sig.fits(0, k)
+    sig.fits(2, b)
+    return (sig.type(0),)
+
+
 MOE: tuple[OpDef, ...] = (
     OpDef("sqrt_softplus", ("x",), _same, source="4.4", doc="sqrt(log(1 + exp(x)))."),
     OpDef("route_topk", ("scores", "bias"), _route_topk, (AttrDef("k", AttrKind.INT),), source="4.4",
@@ -115,4 +122,6 @@ MOE: tuple[OpDef, ...] = (
           (AttrDef("limit", AttrKind.FLOAT),), consumes=0, source="REAP, arXiv:2510.13999",
           doc="counts plus, per expert, the tokens that chose it and the sums of their routing weights and of"
               " the norms of its weighted outputs; padding is not counted."),
+    OpDef("input_statistics", ("sums", "x", "n_valid"), _input_statistics, consumes=0, source="none",
+          doc="sums plus, per column, the squares of x [B,T,K] over all tokens; padding is not counted."),
 )  # fmt: skip

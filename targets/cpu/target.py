@@ -93,7 +93,7 @@ CPU = Target(
     formats=(
         Format(
             "tvm", _FUSE + _TVM + _PLAN, {"tvm": "apache-tvm"}, _load_tvm,
-            frozenset({"expert_statistics", *_ENGRAM, *_ROUNDING, *_FUSED, *_UNFUSED}),
+            frozenset({"expert_statistics", "input_statistics", *_ENGRAM, *_ROUNDING, *_FUSED, *_UNFUSED}),
         ),
         Format(
             "onnx",

@@ -304,6 +304,12 @@ def expert_statistics(c: Context, op: Op) -> None:
     )  # fmt: skip
 
 
+def input_statistics(c: Context, op: Op) -> None:
+    kernel = c.kernel(statistics.column_squares, *ints(op.result))
+    args = [c.values[v] for v in op.operands]
+    c.values[op.result] = c.update(kernel, args, 0, c.tensor(op.result.type))
+
+
 LOWERINGS: dict[str, Lowering] = {
     "weight": weight, "embed": embed, "repeat_streams": repeat_streams, "linear": linear,
     "grouped_linear": grouped_linear, "rms_norm": rms_norm, "unit_norm": unit_norm,
@@ -315,6 +321,7 @@ LOWERINGS: dict[str, Lowering] = {
     "attention": attention, "hc_mix": hc_mix, "hc_collapse": hc_collapse, "hc_expand": hc_expand,
     "hc_head_mix": hc_head_mix, "route_topk": route_topk, "route_hash": route_hash,
     "route_weights": route_weights, "expert_mlp": expert_mlp, "expert_statistics": expert_statistics,
+    "input_statistics": input_statistics,
     **FUSED_LOWERINGS, **ENGRAM_LOWERINGS, **ENGRAM_STORE_LOWERINGS, **ROUNDING_LOWERINGS,
 }  # fmt: skip
 """Every op this emitter takes."""

@@ -1,4 +1,4 @@
-"""Kernels of `expert_statistics`: the norm of every routed row, added up per expert."""
+"""Kernels that count: the norm of every routed row per expert, the squares of inputs per column."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, valid-type, misc"
 from __future__ import annotations
@@ -65,5 +65,38 @@ def expert_usage(experts: int, k: int, topk: int):
             Counts[e, 0] = Counts[e, 0] + T.cast(Starts[e + 1] - Starts[e], "float32")
             Counts[e, 1] = T.cast(T.cast(Counts[e, 1], "float64") + sums[0], "float32")
             Counts[e, 2] = T.cast(T.cast(Counts[e, 2], "float64") + sums[1], "float32")
+
+    return func
+
+
+def column_squares(k: int):
+    """sums [k] += squares of x [B,S,k] over the first n_valid [B] rows; a column is summed in row order."""
+    tail = k % LANES
+
+    @T.prim_func(s_tir=True)
+    def func(s: T.handle, x: T.handle, n: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        Sums = T.match_buffer(s, (k,), "float32")
+        X = T.match_buffer(x, (B, S, k), "float32")
+        Valid = T.match_buffer(n, (B,), "int32")
+        Xf = T.decl_buffer((B * S * k,), "float32", data=X.data)
+        for v in T.parallel(k // LANES):
+            acc = T.alloc_buffer((LANES,), "float32")
+            acc[ramp(0)] = zeros()
+            for b in T.serial(B):
+                for t in T.serial(T.cast(Valid[b], "int64")):
+                    at: T.let[T.int64] = (b * S + t) * k + v * LANES
+                    acc[ramp(0)] = acc[ramp(0)] + Xf[ramp(at)] * Xf[ramp(at)]
+            Sums[ramp(v * LANES)] = Sums[ramp(v * LANES)] + acc[ramp(0)]
+        for j in T.serial(tail):
+            one = T.alloc_buffer((1,), "float32")
+            one[0] = T.float32(0)
+            for b in T.serial(B):
+                for t in T.serial(T.cast(Valid[b], "int64")):
+                    last: T.let[T.int64] = (b * S + t) * k + (k - tail) + j
+                    one[0] = one[0] + Xf[last] * Xf[last]
+            Sums[k - tail + j] = Sums[k - tail + j] + one[0]
 
     return func
