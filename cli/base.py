@@ -7,6 +7,7 @@ like every other error and so that `--json` can carry it.
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,16 +132,15 @@ def check_directory_of(path: str, what: str) -> None:
         )
 
 
-def load_api() -> ModuleType:
-    """`dsv4c.api`; late, because running artifacts must work where the compiler is not installed.
+def load_compiler(module: str = "dsv4c.api") -> ModuleType:
+    """A module that needs the compiler; late, because artifacts must run where it is not installed.
 
     Raises:
         ToolchainError: a package of the compiler is missing; names it.
     """
     try:
-        from dsv4c import api
+        return importlib.import_module(module)
     except ImportError as error:
         raise ToolchainError(
             f"the compiler is not installed: {error}", hint='pip install "dsv4c[compile]"'
         ) from error
-    return api

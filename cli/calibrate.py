@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from dsv4c.errors import ToolchainError
-
-from .base import Command, check_directory_of, integer, json_option
+from .base import Command, check_directory_of, integer, json_option, load_compiler
 from .progress import Bars
 from .show import as_json, rate, table
 from .texts import read_documents, text_options
@@ -40,7 +37,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     check_directory_of(args.output, "the output")
     documents = read_documents(args)
-    quality, started = _load_quality(), time.perf_counter()
+    quality, started = load_compiler("dsv4c.quality"), time.perf_counter()
     with Bars() as bars:
         found = quality.calibrate(
             args.checkpoint, *documents, target=args.target, context=args.context, chunk=args.chunk,
@@ -50,21 +47,6 @@ def _run(args: argparse.Namespace) -> int:
     facts = _facts(args.output, found, time.perf_counter() - started)
     print(as_json(facts) if args.json else _text(facts))
     return 0
-
-
-def _load_quality() -> ModuleType:
-    """`dsv4c.quality`; late, as it needs the compiler.
-
-    Raises:
-        ToolchainError: a package of the compiler is missing; names it.
-    """
-    try:
-        from dsv4c import quality
-    except ImportError as error:
-        raise ToolchainError(
-            f"the compiler is not installed: {error}", hint='pip install "dsv4c[compile]"'
-        ) from error
-    return quality
 
 
 def _facts(path: str, found: Statistics, seconds: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from dsv4c.errors import UsageError
 from dsv4c.runtime import Artifact
 
-from .base import Command, integer, json_option, load_api, plugin_option, read_text
+from .base import Command, integer, json_option, load_compiler, plugin_option, read_text
 from .progress import Bars
 from .show import as_json, section, size, table
 
@@ -64,7 +64,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    api = load_api()
+    api = load_compiler()
     if args.dump_ir and Path(args.dump_ir).exists() and not Path(args.dump_ir).is_dir():
         raise UsageError("is not a directory", where=args.dump_ir, allowed="a directory for --dump-ir")
     if args.random_seeds and not args.heldout:
@@ -80,9 +80,9 @@ def _run(args: argparse.Namespace) -> int:
         if args.export_checkpoint:
             _export(args)
         if texts:
-            from dsv4c.quality import compile_measured
-
-            path = compile_measured(args.checkpoint, *texts, random_seeds=args.random_seeds, **options)
+            quality = load_compiler("dsv4c.quality")
+            seeds = args.random_seeds
+            path = quality.compile_measured(args.checkpoint, *texts, random_seeds=seeds, **options)
         else:
             path = api.compile(args.checkpoint, **options)
     facts = summary(Artifact.open(path), time.perf_counter() - started)
@@ -92,7 +92,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> None:
     """The checkpoint first: it is the quicker, and it refuses a directory that is in use."""
-    api = load_api()
+    api = load_compiler()
     lowered = api.lower(
         api.load_checkpoint(args.checkpoint), args.target, args.format, args.passes, args.plugin
     )

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
-from .base import Command, json_option, load_api, plugin_option
+from .base import Command, json_option, load_compiler, plugin_option
 from .show import as_json, section, table
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ LINKERS = ("cc", "gcc", "clang")
 
 
 def _targets(args: argparse.Namespace) -> int:
-    load_api()
+    load_compiler()
     from dsv4c.targets import TARGETS as known
 
     facts = {"targets": [_target_facts(t) for t in known.values()], "linkers": _linkers()}
@@ -95,7 +95,7 @@ def _passes_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _passes(args: argparse.Namespace) -> int:
-    load_api()
+    load_compiler()
     from dsv4c.passes import known_passes
 
     facts = [_pass_facts(p) for p in known_passes(args.plugin).values()]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dsv4c.errors import UsageError
 
-from .base import Command, check_directory_of, load_api, plugin_option, read_text
+from .base import Command, check_directory_of, load_compiler, plugin_option, read_text
 
 if TYPE_CHECKING:
     from dsv4c.ir.graph import Module
@@ -41,7 +41,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    load_api()  # complains where the compiler is not installed
+    load_compiler()  # complains where the compiler is not installed
     from dsv4c.ir.text import parse_module, print_module
     from dsv4c.ir.verify import verify
     from dsv4c.passes import known_passes, parse_pipeline, run_pipeline

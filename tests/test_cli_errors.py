@@ -88,19 +88,20 @@ BAD = [
     (CALIBRATE + " --text {artifact}", "is not UTF-8 text"),
     (CALIBRATE + " --ids {empty}", "is empty; allowed: ids like 1 2 3"),
     (CALIBRATE + " --ids {config}", "'{' is not part of a token id"),
-    (CALIBRATE + " --text {config} --max-tokens 0", "'0' is not an integer of at least 1"),
-    (CALIBRATE + " --text {config} --context 513", "context = 513; allowed: 1 to 512"),
-    (CALIBRATE + " --text {config} --target cpuq", "unknown target 'cpuq'"),
-    ("calibrate {checkpoint} --text {config} -o {missing}/s.npz", "the directory of the output does not"),
-    ("calibrate {checkpoint} --text {config} -o {directory}", "the output is a directory"),
-    ("calibrate {checkpoint} --text {config}", "the following arguments are required: -o/--output"),
-    ("calibrate {missing} --text {config} -o {new}", "config.json: no such file"),
-    ("compare {artifact} --text {config}", "the following arguments are required: AFTER"),
+    (CALIBRATE + " --text {text} --max-tokens 0", "'0' is not an integer of at least 1"),
+    (CALIBRATE + " --text {text} --context 513", "context = 513; allowed: 1 to 512"),
+    (CALIBRATE + " --text {config}", "token id 61 is outside the vocabulary"),
+    (CALIBRATE + " --text {text} --target cpuq", "unknown target 'cpuq'"),
+    ("calibrate {checkpoint} --text {text} -o {missing}/s.npz", "the directory of the output does not"),
+    ("calibrate {checkpoint} --text {text} -o {directory}", "the output is a directory"),
+    ("calibrate {checkpoint} --text {text}", "the following arguments are required: -o/--output"),
+    ("calibrate {missing} --text {text} -o {new}", "config.json: no such file"),
+    ("compare {artifact} --text {text}", "the following arguments are required: AFTER"),
     ("compare {artifact} {artifact}", "no text; allowed: --text FILE or --ids FILE"),
-    ("compare {artifact} {missing} --text {config}", "cannot be read: No such file"),
-    ("compare {artifact} {config} --text {config}", "this is not a dsv4c artifact"),
-    ("compare {bare} {artifact} --text {config}", "carries no tokenizer"),
-    ("compare {artifact} {artifact} --text {config} --context 513", "context = 513; allowed: 1 to 512"),
+    ("compare {artifact} {missing} --text {text}", "cannot be read: No such file"),
+    ("compare {artifact} {config} --text {text}", "this is not a dsv4c artifact"),
+    ("compare {bare} {artifact} --text {text}", "carries no tokenizer"),
+    ("compare {artifact} {artifact} --text {text} --context 513", "context = 513; allowed: 1 to 512"),
     ("opt {missing}", "no such file"),
     ("opt {config}", "config.json"),
     ("opt {artifact}", "is not UTF-8 text"),
@@ -117,10 +118,11 @@ def test_bad_command_lines(dsv4c: Call, built: Built, tmp_path: Path, line: str,
     directory = tmp_path / "directory"
     directory.mkdir()
     (tmp_path / "empty").write_text("")
+    (tmp_path / "text").write_text("let there be light")
     places = {
         "checkpoint": built.checkpoint, "artifact": built.artifact, "bare": built.bare,
         "directory": directory, "missing": tmp_path / "missing", "new": tmp_path / "new",
-        "empty": tmp_path / "empty",
+        "empty": tmp_path / "empty", "text": tmp_path / "text",
         "config": built.checkpoint / "config.json", "config_only": CONFIGS / "v4-flash",
         "model": built.ir / "00-model.ir",
     }  # fmt: skip
@@ -128,7 +130,7 @@ def test_bad_command_lines(dsv4c: Call, built: Built, tmp_path: Path, line: str,
     code, _, err = dsv4c(*words)
     assert code == 2
     assert err.startswith("dsv4c: error: ") and message in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "empty"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "empty", "text"]
 
 
 def test_errors_are_objects_with_json(dsv4c: Call, built: Built) -> None:
