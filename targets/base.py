@@ -27,13 +27,15 @@ class Arch:
     Attributes:
         attributes: what the code generator is told (LLVM `mcpu`, `mtriple`).
         requires: CPU feature flags the machine must have to run the code, as the kernel spells them.
-        machine: `platform.machine()` of the machine.
+        machine: `platform.machine()` of the machine; "" where the code runs on a device beside it.
+        device: the name of the device in `hardware.json`; "" where nothing is estimated.
     """
 
     name: str
     attributes: Mapping[str, str]
     requires: tuple[str, ...] = ()
     machine: str = "x86_64"
+    device: str = ""
 
 
 @dataclass(frozen=True)
