@@ -132,7 +132,7 @@ class Lowered:
 def lower(
     module: Module,
     target: str = "cpu",
-    format: str = "tvm",
+    format: str = "",
     passes: Passes = None,
     plugins: Plugins = (),
     verify_passes: bool = False,
@@ -202,7 +202,7 @@ def compile(
     output: str | os.PathLike[str],
     target: str = "cpu",
     numerics: str = "exact",
-    format: str = "tvm",
+    format: str = "",
     passes: Passes = None,
     plugins: Plugins = (),
     verify_passes: bool = False,
@@ -217,7 +217,7 @@ def compile(
         numerics: "exact" is stored weights dequantised and FP32 arithmetic; "reference" rounds where the
             published code rounds (format "tvm" only). Its artifacts carry no golden vectors: a rounding that
             falls the other way at a tie changes every later token.
-        format: "tvm" or "onnx".
+        format: "tvm" or "onnx", see `dsv4c targets`; "" is the target's first.
         passes, plugins, verify_passes: see `lower`.
         golden: put a prompt with the evaluator's results into the artifact, for `verify`.
         dump_ir: a directory for the IR text after every pass.
@@ -252,7 +252,7 @@ def compile(
             if name != "config":  # what the checkpoint said; the artifact's own facts are in its meta data
                 writer.add_section(name, data)
         if golden and "logits" in module.outputs and numerics == "exact":
-            write_golden(lowered.reference, writer, report)
+            write_golden(lowered.reference, writer, report, blocks=form.shows_blocks)
         pipeline = print_pipeline(lowered.pipeline)
         writer.set_meta("target", chosen.name)
         writer.set_meta("arch", {"name": arch.name, "machine": arch.machine, "requires": list(arch.requires)})

@@ -26,7 +26,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", required=True, metavar="FILE", help="artifact to write, e.g. m.dsv4"
     )
-    parser.add_argument("--format", default="tvm", metavar="F", help="tvm (default) or onnx")
+    parser.add_argument("--format", default="", metavar="F", help="tvm or onnx; the target's first by default")
     parser.add_argument(
         "--numerics",
         default="exact",

@@ -79,6 +79,15 @@ def evaluate(dim: Dim | int, env: Mapping[str, int]) -> int:
     return _apply(dim.op, evaluate(dim.lhs, env), evaluate(dim.rhs, env))
 
 
+def substitute(dim: Dim | int, env: Mapping[str, int]) -> Dim | int:
+    """The dimension with the symbols of `env` replaced by their numbers; others stay."""
+    if isinstance(dim, int):
+        return dim
+    if dim.op == "sym":
+        return env.get(dim.name, dim)
+    return _make(dim.op, substitute(dim.lhs, env), substitute(dim.rhs, env))
+
+
 _TOKEN = re.compile(r"\s*(\d+|[A-Za-z_][\w.]*|//|[+\-*()])")
 
 

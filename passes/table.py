@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import Pass
+from .bind_shapes import BindShapes
 from .cleanup import EliminateDeadCode, MergeCommonSubexpressions
 from .fold_shared_expert import FoldSharedExpert
 from .fold_weights import FoldConstants, FoldNormScale
@@ -40,6 +41,7 @@ PASSES: dict[str, type[Pass]] = {
         LayoutEngram,
         NarrowWeights,
         PlanMemory,
+        BindShapes,
         PruneExperts,
         ApplyReferenceRounding,
         Requantise,

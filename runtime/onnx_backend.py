@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class OnnxBackend:
             SessionError: the sizes do not fit, the context is full, or ONNX Runtime refuses a value; the
                 state is then as it was.
         """
-        _check_sizes(tokens, n_valid)
+        check_sizes(tokens, n_valid)
         before = state["pos"].astype(np.int64)
         after = before + n_valid
         feeds = {"tokens": tokens, "n_valid": n_valid, "rows": rows}
@@ -71,19 +72,31 @@ class OnnxBackend:
                 feeds[name] = _fed(name, state[name], before, after, how)
             else:
                 feeds[name] = np.ascontiguousarray(state[name])
-        try:
-            logits, *results = self._session.run(self._outputs, feeds)
-        except Exception as error:  # as above
-            raise SessionError(f"ONNX Runtime refuses the step: {error}") from error
+        logits, *results = run_model(self._session, self._outputs, feeds)
         for (name, how), result in zip(self._states.items(), results, strict=True):
             if "ratio" in how:
-                _append(state[name], result, before // how["ratio"], after // how["ratio"])
+                append_entries(state[name], result, before // how["ratio"], after // how["ratio"])
             else:
                 np.copyto(state[name], result)
         return np.asarray(logits, np.float32)
 
 
-def _check_sizes(tokens: Arr, n_valid: Arr) -> None:
+def run_model(session: Any, outputs: Sequence[str], feeds: dict[str, Arr]) -> list[Any]:
+    """The outputs of one run of an opened session.
+
+    Raises:
+        SessionError: ONNX Runtime refuses a value.
+    """
+    known = {i.name for i in session.get_inputs()}
+    try:
+        found: list[Any] = session.run(outputs, {name: a for name, a in feeds.items() if name in known})
+    except Exception as error:  # onnxruntime has an exception type per status, with no public base
+        raise SessionError(f"ONNX Runtime refuses the step: {error}") from error
+    return found
+
+
+def check_sizes(tokens: Arr, n_valid: Arr) -> None:
+    """A step has rows and tokens, and no row more valid ones than there are."""
     batch, count = tokens.shape
     if batch == 0 or count == 0:
         raise SessionError(f"a step of {batch} rows of {count} tokens", allowed="at least one of each")
@@ -107,14 +120,21 @@ def _fed(name: str, entries: Arr, before: Positions, after: Positions, how: dict
     return np.ascontiguousarray(entries[:, :used])
 
 
-def _append(entries: Arr, new: Arr, first: Positions, last: Positions) -> None:
+def append_entries(entries: Arr, new: Arr, first: Positions, last: Positions) -> None:
     """Row b's entries first[b] .. last[b]-1 are the first rows of new[b]."""
     for b, (start, stop) in enumerate(zip(first, last, strict=True)):
         entries[b, start:stop] = new[b, : stop - start]
 
 
-def open_session(artifact: Artifact, threads: int | None) -> Any:
-    """An `onnxruntime.InferenceSession` over the artifact's model; see `OnnxBackend`."""
+def open_session(
+    artifact: Artifact, threads: int | None, section: str = "onnx", probes: Sequence[str] = ()
+) -> Any:
+    """An `onnxruntime.InferenceSession` over a model of the artifact; see `OnnxBackend`.
+
+    Args:
+        section: where the model lies in the artifact.
+        probes: FLOAT tensors inside the model that become outputs.
+    """
     ort = _onnxruntime()
     if "onnx" not in artifact.meta:
         raise ArtifactError("holds no ONNX model", where=str(artifact.path))
@@ -129,14 +149,39 @@ def open_session(artifact: Artifact, threads: int | None) -> Any:
         "session.model_external_initializers_file_folder_path": str(path.parent),
     }.items():
         options.add_session_config_entry(key, value)
-    model = placed_model(artifact, path.name)
+    model = placed_model(artifact, path.name, section) + _more_outputs(probes)
+    static = section != "onnx"  # sizes are folded already; what is left are weights, which must not be copied
+    disabled = ["ConstantFolding"] if static else []
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+        )
     except Exception as error:  # onnxruntime has an exception type per status, with no public base
         raise ArtifactError(f"ONNX Runtime refuses the model: {error}", where=str(path)) from error
 
 
-def placed_model(artifact: Artifact, file_name: str) -> bytes:
+def _more_outputs(names: Sequence[str]) -> bytes:
+    """Appended to a model, these bytes make tensors inside it outputs.
+
+    Protocol buffers merge a field that stands twice: this is a second `graph` with nothing but `output`
+    entries of type FLOAT.
+    """
+    entries = b"".join(
+        _field(12, _field(1, name.encode()) + _field(2, _field(1, b"\x08\x01"))) for name in names
+    )
+    return _field(7, entries) if names else b""
+
+
+def _field(number: int, payload: bytes) -> bytes:
+    """A length-delimited field of a protocol buffer."""
+    size, length = len(payload), bytearray()
+    while size >= 128:
+        length.append(size & 127 | 128)
+        size >>= 7
+    return bytes([number << 3 | 2, *length, size]) + payload
+
+
+def placed_model(artifact: Artifact, file_name: str, section: str = "onnx") -> bytes:
     """The ONNX model with the artifact's present file name and the offsets of its tensors filled in.
 
     Raises:
@@ -152,7 +197,7 @@ def placed_model(artifact: Artifact, file_name: str) -> bytes:
     def offset(mark: re.Match[bytes]) -> bytes:
         return str(artifact.tensors[names[int(mark[1])]].offset).rjust(20, "0").encode()
 
-    return _OFFSET_MARK.sub(offset, artifact.section("onnx")).replace(mark, location)
+    return _OFFSET_MARK.sub(offset, artifact.section(section)).replace(mark, location)
 
 
 def _onnxruntime() -> Any:

@@ -50,6 +50,7 @@ class Session:
             and 4096.
         threads: worker threads; None takes every core.
         tables: how looked-up tables are read; None keeps what the artifact says.
+        backend: who executes steps; None is what the artifact's format says.
 
     Raises:
         ArtifactError: the file is damaged or does not fit this machine.
@@ -63,6 +64,7 @@ class Session:
         context: int | None = None,
         threads: int | None = None,
         tables: TableOptions | None = None,
+        backend: Backend | None = None,
     ) -> None:
         self.artifact = path if isinstance(path, Artifact) else Artifact.open(path)
         self.model: dict[str, Any] = self.artifact.meta["model"]
@@ -71,8 +73,16 @@ class Session:
             raise UsageError(f"batch = {batch}", where="Session", allowed="1 or more")
         if context is not None and not 1 <= context <= longest:
             raise UsageError(f"context = {context}", where="Session", allowed=f"1 to {longest}")
-        self.batch, self.context = batch, context or min(longest, DEFAULT_CONTEXT)
-        self.backend = load_backend(self.artifact, threads, tables)
+        fixed = self.artifact.meta.get("onnx", {}).get("static")
+        if fixed and (batch, context or fixed["context"]) != (fixed["batch"], fixed["context"]):
+            raise UsageError(
+                f"batch = {batch}, context = {context}", where="Session",
+                allowed=f"{fixed['batch']} and {fixed['context']}, as compiled",
+                hint="compile with bind_shapes{batch=..., context=...} for others",
+            )  # fmt: skip
+        standard = fixed["context"] if fixed else min(longest, DEFAULT_CONTEXT)
+        self.batch, self.context = batch, context or standard
+        self.backend = backend or load_backend(self.artifact, threads, tables)
         self.state = self._fresh()
 
     def _fresh(self) -> dict[str, npt.NDArray[Any]]:
@@ -289,6 +299,10 @@ def load_backend(artifact: Artifact, threads: int | None, tables: TableOptions |
     if threads is not None and threads < 1:
         raise UsageError(f"threads = {threads}", where="Session", allowed="1 or more")
     _check_machine(artifact)
+    if "static" in artifact.meta.get("onnx", {}):
+        from .static_backend import StaticBackend
+
+        return StaticBackend(artifact, threads)
     if artifact.meta["format"] == "onnx":
         from .onnx_backend import OnnxBackend
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +15,11 @@ from dsv4c.errors import ArtifactError
 
 from .container import Artifact
 from .session import Session
+
+if TYPE_CHECKING:
+    from .static_backend import Opener
+
+Arr = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -31,39 +39,73 @@ class Check:
         return self.error <= self.tolerance
 
 
-def verify(artifact: Artifact, threads: int | None = None) -> list[Check]:
-    """Run the golden prompt; the state of every layer in order, then the logits.
+def verify(artifact: Artifact, threads: int | None = None, opener: Opener | None = None) -> list[Check]:
+    """Run the golden prompt; per layer its state and, where programs show them, its streams; then the logits.
 
-    The state a layer leaves depends on nothing but the layers before it, so the first failing check
-    names the layer where the difference began.
+    What a layer leaves depends on nothing but the layers before it, so the first failing check names the
+    layer where the difference began.
+
+    Args:
+        opener: who runs the programs of an artifact of fixed shapes; None is ONNX Runtime on this machine,
+            which alone can show streams.
 
     Raises:
-        ArtifactError: the artifact was compiled without golden vectors.
+        ArtifactError: the artifact was compiled without golden vectors, or does not have room for them.
     """
     if "golden" not in artifact.meta:
         raise ArtifactError(
             "has no golden vectors", where=str(artifact.path), hint="compile without --no-golden"
         )
-    tolerance = float(artifact.meta["golden"]["tolerance"])
     tokens = artifact.array("golden.tokens")
-    session = Session(artifact, context=len(tokens), threads=threads)
-    logits, at = [], 0
+    session = _session(artifact, len(tokens), threads, opener)
+    logits, streams, at = [], dict[str, list[Arr]](), 0
     for count in artifact.meta["golden"]["calls"]:
-        logits.append(session.step(tokens[None, at : at + count])[0])
+        fed = np.repeat(tokens[None, at : at + count], session.batch, axis=0)
+        logits.append(session.step(fed)[0])
+        for layer, seen in getattr(session.backend, "probes", {}).items():
+            streams.setdefault(layer, []).append(seen[0])
         at += count
-    checks = [
-        Check(
-            f"state {name}",
-            difference(session.state[name], artifact.array(f"golden.state.{name}")),
-            tolerance,
-        )
-        for name in artifact.meta["step"]["states"]
-        if f"golden.state.{name}" in artifact.tensors  # not what a pass has added to the model
-    ]
-    return [
-        *checks,
-        Check("logits", difference(np.concatenate(logits), artifact.array("golden.logits")), tolerance),
-    ]
+    found = {f"golden.state.{name}": value[:1] for name, value in session.state.items()}
+    found |= {f"golden.block.{layer}": np.concatenate(parts) for layer, parts in streams.items()}
+    found["golden.logits"] = np.concatenate(logits)
+    return [_check(artifact, name, found[name]) for name in _in_order(artifact, found)]
+
+
+def _session(artifact: Artifact, count: int, threads: int | None, opener: Opener | None) -> Session:
+    """A session with room for the golden prompt."""
+    static = artifact.meta.get("onnx", {}).get("static")
+    if not static:
+        return Session(artifact, context=count, threads=threads)
+    if static["context"] < count:
+        raise ArtifactError(
+            f"was compiled for {static['context']} positions, its golden prompt has {count}",
+            where=str(artifact.path), hint="compile with bind_shapes{context=...} of that many or more",
+        )  # fmt: skip
+    from .static_backend import StaticBackend
+
+    backend = StaticBackend(artifact, threads, probe=opener is None, opener=opener)
+    return Session(artifact, backend.batch, backend.context, backend=backend)
+
+
+def _in_order(artifact: Artifact, found: Mapping[str, Arr]) -> list[str]:
+    """Layer by layer the states, then the streams; logits last. Not what a pass has added to the model."""
+    names = [name for name in found if name in artifact.tensors]
+    places = {name: index for index, name in enumerate(names)}
+
+    def place(name: str) -> tuple[float, bool, int]:
+        layer = re.search(r"layers\.(\d+)", name)
+        outside = math.inf if name == "golden.logits" else -1
+        return int(layer[1]) if layer else outside, name.startswith("golden.block."), places[name]
+
+    return sorted(names, key=place)
+
+
+def _check(artifact: Artifact, name: str, found: Arr) -> Check:
+    """Compare with a golden tensor, which has as much of a state as the prompt fills."""
+    expected = artifact.array(name)
+    part = found[tuple(slice(0, n) for n in expected.shape)]
+    what = name.removeprefix("golden.").replace(".", " ", 1)
+    return Check(what, difference(part, expected), float(artifact.meta["golden"]["tolerance"]))
 
 
 def difference(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:

@@ -13,6 +13,8 @@ from dsv4c.ir.weights import TensorStore
 if TYPE_CHECKING:
     from dsv4c.runtime.container import ArtifactWriter
 
+    from .onnx.dialect import Dialect
+
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
 
@@ -47,6 +49,7 @@ class Format:
         packages: import name -> what to install, looked for before any long work.
         load: imports the emitter; late, because it needs those packages.
         extra_ops: ops that this format's emitter takes beyond the target's own.
+        shows_blocks: whether its programs can hand out the residual streams after every layer, for checks.
     """
 
     name: str
@@ -54,11 +57,18 @@ class Format:
     packages: Mapping[str, str]
     load: Callable[[], Emitter]
     extra_ops: frozenset[str] = frozenset()
+    shows_blocks: bool = False
 
 
 @dataclass(frozen=True)
 class Target:
-    """A family of machines. Raises `TargetError` when it contradicts itself."""
+    """A family of machines. Raises `TargetError` when it contradicts itself.
+
+    Attributes:
+        ops: what may reach an emitter, whatever the format.
+        numerics: name -> passes to run in front of the pipeline, as text.
+        dialect: the ONNX it takes, where it takes any of fixed shapes.
+    """
 
     name: str
     doc: str
@@ -67,6 +77,7 @@ class Target:
     formats: tuple[Format, ...]
     default_arch: Callable[[], str]
     numerics: Mapping[str, str] = field(default_factory=lambda: {"exact": ""})
+    dialect: Callable[[], Dialect] | None = None
 
     def __post_init__(self) -> None:
         for what, names in (
@@ -89,6 +100,8 @@ class Target:
         return self.ops | self.format(format).extra_ops
 
     def format(self, name: str) -> Format:
+        """The format of that name; "" is the first."""
+        name = name or self.formats[0].name
         for candidate in self.formats:
             if candidate.name == name:
                 return candidate

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dsv4c.errors import TargetError, unknown
 
+from .ascend import ASCEND
 from .base import Arch, Target
 from .cpu import CPU
+from .mlu import MLU
 
-TARGETS: dict[str, Target] = {t.name: t for t in (CPU,)}
+TARGETS: dict[str, Target] = {t.name: t for t in (CPU, ASCEND, MLU)}
 
 
 def parse_target(text: str) -> tuple[Target, Arch]:

@@ -27,7 +27,7 @@ from dsv4c.passes.fuse_elementwise import FuseIndexSelect, FuseSwiglu
 from dsv4c.passes.fuse_expert_gemms import FuseExpertGemms
 from dsv4c.runtime.container import Artifact, ArtifactWriter
 from dsv4c.runtime.onnx_backend import OnnxBackend
-from dsv4c.targets.cpu.onnx import emit_onnx
+from dsv4c.targets.onnx.emit import emit_onnx
 
 VOCAB, CONTEXT = 37, 64
 CONFIG: dict[str, Any] = {

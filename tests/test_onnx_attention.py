@@ -10,7 +10,7 @@ import pytest
 from test_onnx_harness import Arr, B, Case, T, close, ints, numbers
 
 from dsv4c.ir.dims import sym
-from dsv4c.targets.cpu.onnx import blocks
+from dsv4c.targets.onnx import blocks
 
 RATIO, WINDOW, H, D = 4, 5, 3, 6
 STEPS = [(0, 1), (3, 1), (4, 1), (0, 11), (2, 3), (5, 9), (7, 17), (16, 8), (63, 2)]

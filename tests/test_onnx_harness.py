@@ -22,7 +22,8 @@ from dsv4c.ir.types import f32, i32
 from dsv4c.runtime.container import Artifact, ArtifactWriter
 from dsv4c.runtime.onnx_backend import open_session
 from dsv4c.targets import TARGETS
-from dsv4c.targets.cpu.onnx import LOWERINGS, emit_onnx
+from dsv4c.targets.onnx.emit import emit_onnx
+from dsv4c.targets.onnx.table import LOWERINGS
 
 pytest.importorskip("onnxruntime")
 

@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 
 from dsv4c.targets.base import Arch, Emitter, Format, Target
+from dsv4c.targets.onnx.ops import FUSE, OPS
 
 _V2 = ("cx16", "popcnt", "sse4_1", "sse4_2", "ssse3")
 _V3 = (*_V2, "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
@@ -18,15 +19,6 @@ ARCHS = (
     Arch("aarch64", {"mtriple": "aarch64-linux-gnu", "mcpu": "generic"}, (), "aarch64"),
 )
 """The psABI levels and generic 64-bit ARM; an artifact runs on every machine that has its arch's features."""
-
-OPS = frozenset({
-    "weight", "embed", "repeat_streams", "linear", "grouped_linear", "rms_norm", "unit_norm",
-    "split_heads", "add", "scale", "gather_rows", "clamped_swiglu", "positions", "entry_positions",
-    "advance", "ring_write", "entries_append", "rope_angles", "rotary", "position_bias", "compress",
-    "index_select", "attention", "hc_mix", "hc_collapse", "hc_expand", "hc_head_mix", "sqrt_softplus",
-    "route_topk", "route_hash", "route_weights", "expert_mlp",
-})  # fmt: skip
-"""What may reach an emitter; experts are grouped and index scores are never kept."""
 
 _ENGRAM = frozenset({
     "add_bias", "compress_tokens", "ngram_rows", "ngram_history", "engram_rows", "engram_gate", "stream_norm",
@@ -45,7 +37,6 @@ _FUSED = frozenset({
 _UNFUSED = frozenset({"clamp", "swiglu", "index_scores", "index_topk"})
 """What the first fusions take away, so that a pipeline without them compiles."""
 
-_FUSE = "merge_common_subexpressions,fuse_swiglu,fuse_index_select,fuse_expert_gemms"
 _TVM = (
     ',fuse_norm_rotary,fuse_rotary_write,fuse_hyper{expand=true},narrow_weights{storage="packed"}'
     ",fold_shared_expert,merge_projections"
@@ -80,7 +71,7 @@ def _load_tvm() -> Emitter:
 
 
 def _load_onnx() -> Emitter:
-    from .onnx import emit_onnx
+    from dsv4c.targets.onnx.emit import emit_onnx
 
     return lambda module, store, writer, arch, progress: emit_onnx(module, store, writer, progress)
 
@@ -92,12 +83,12 @@ CPU = Target(
     ops=OPS,
     formats=(
         Format(
-            "tvm", _FUSE + _TVM + _PLAN, {"tvm": "apache-tvm"}, _load_tvm,
+            "tvm", FUSE + _TVM + _PLAN, {"tvm": "apache-tvm"}, _load_tvm,
             frozenset({"expert_statistics", "input_statistics", *_ENGRAM, *_ROUNDING, *_FUSED, *_UNFUSED}),
         ),
         Format(
             "onnx",
-            _FUSE + ',narrow_weights{storage="f32"}' + _PLAN,
+            FUSE + ',narrow_weights{storage="f32"}' + _PLAN,
             {"onnx": "onnx"},
             _load_onnx,
         ),

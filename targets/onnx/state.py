@@ -33,7 +33,8 @@ def ring_write(g: Context, op: Op) -> V:
     """
     ring, rows, pos, n_valid = g.tensors(op, 4)
     width = size(op, 0, 1)
-    first = g.op("Mod", g.op("Sub", g.iota(g.shape(width)), column(g, pos)), width)
+    behind = g.op("Sub", g.iota(g.shape(width), 1, -1), g.op("Mod", column(g, pos), width))
+    first = g.op("Mod", g.op("Add", behind, width), width)  # no consumer has to divide a negative number
     count = column(g, n_valid)
     rounds = g.op("Div", g.op("Sub", g.op("Sub", count, 1), first), width)
     token = g.op("Add", first, g.op("Mul", rounds, width))

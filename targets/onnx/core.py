@@ -36,13 +36,12 @@ def grouped_linear(g: Context, op: Op) -> V:
 def rms_norm(g: Context, op: Op) -> V:
     """x [...,D], w [D] -> [...,D]."""
     x, w = g.tensors(op, 2)
-    return g.op("RMSNormalization", x, w, axis=-1, epsilon=number(op, "eps"))
+    return g.rms_norm(x, w, number(op, "eps"), size(op, 0, -1))
 
 
 def unit_norm(g: Context, op: Op) -> V:
-    """x [...,D] -> [...,D]; times 1 is exact."""
-    ones = g.op("Expand", 1.0, [size(op, 0, -1)])
-    return g.op("RMSNormalization", g.tensor(op, 0), ones, axis=-1, epsilon=number(op, "eps"))
+    """x [...,D] -> [...,D]."""
+    return g.rms_norm(g.tensor(op, 0), None, number(op, "eps"), size(op, 0, -1))
 
 
 def split_heads(g: Context, op: Op) -> V:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from onnx import TensorProto
-
 from dsv4c.ir.graph import Op
 
 from .core import swiglu
@@ -18,13 +16,13 @@ def sqrt_softplus(g: Context, op: Op) -> V:
 
 def route_topk(g: Context, op: Op) -> V:
     """scores [B,T,E], bias [E] -> INT64 [B,T,k]; TopK gives ties to the lower index."""
-    return g.multi("TopK", 2, g.op("Add", *g.tensors(op, 2)), [integer(op, "k")], axis=-1)[1]
+    return g.top_k(g.op("Add", *g.tensors(op, 2)), integer(op, "k"))[1]
 
 
 def route_hash(g: Context, op: Op) -> V:
     """tokens [B,T], table i32 [V,k] -> INT64 [B,T,k]."""
     tokens, table = g.tensors(op, 2)
-    return g.op("Cast", g.op("Gather", table, tokens, axis=0), to=TensorProto.INT64)
+    return g.cast_index(g.op("Gather", table, tokens, axis=0))
 
 
 def route_weights(g: Context, op: Op) -> V:

@@ -13,7 +13,6 @@ from onnx import TensorProto
 
 from dsv4c.ir.graph import Op
 
-from .blocks import over_token_blocks
 from .lowering import Context, Entries, V, integer, number, size
 from .state import clip, column, most_closed
 
@@ -29,13 +28,10 @@ def rotary(g: Context, op: Op) -> V:
     """x [B,N,(H,)D], cos, sin [B,N,R/2] -> x with its last R channels rotated."""
     x, cos, sin = g.tensors(op, 3)
     width, rope = size(op, 0, -1), 2 * size(op, 1, 2)
-    heads = size(op, 0, 2) if op.operands[0].type.rank == 4 else 1
+    heads = size(op, 0, 2) if op.operands[0].type.rank == 4 else None
     sin = g.op("Neg", sin) if op.attrs["inverse"] else sin
     kept, turned = g.multi("Split", 2, x, [width - rope, rope], axis=-1) if rope < width else (None, x)
-    flat = g.reshape(turned, 0, 0, heads * rope)
-    turned = g.op("RotaryEmbedding", flat, cos, sin, interleaved=1, num_heads=heads)
-    if op.operands[0].type.rank == 4:
-        turned = g.reshape(turned, 0, 0, heads, rope)
+    turned = g.rotate(turned, cos, sin, rope, heads)
     return g.op("Concat", kept, turned, axis=-1) if kept else turned
 
 
@@ -94,7 +90,10 @@ def _group_index(g: Context, op: Op, first: V, count: V) -> V:
     kv, pos, ratio, ring = g.tensor(op, 0), column(g, g.tensor(op, 4)), integer(op, "ratio"), size(op, 2, 1)
     spot = g.op("Add", column(g, g.op("Mul", first, ratio)), g.iota(g.op("Mul", count, ratio)))
     new = g.op("Add", clip(g, g.op("Sub", spot, pos), g.dim(kv, 1)), ring)
-    return g.op("Where", g.op("Less", spot, pos), g.op("Mod", spot, ring), new)
+    # A group before the first has spots below 0. Whoever reads it masks it, but consumers differ in what the
+    # remainder of a negative number is.
+    old = g.op("Mod", g.op("Max", spot, 0), ring)
+    return g.op("Where", g.op("Less", spot, pos), old, new)
 
 
 def _grouped(g: Context, op: Op, index: V, which: int) -> V:
@@ -136,12 +135,12 @@ def index_select(g: Context, op: Op) -> V:
         for rows, mask in visible.items():
             dots = g.op("Relu", _dots(g, op, here, rows, 1.0))
             scores.append(g.op("Where", mask, g.op("Squeeze", g.op("MatMul", by_head, dots), [2]), -inf))
-        top, place = g.multi("TopK", 2, g.op("Concat", *scores, axis=-1), best, axis=-1)
+        top, place = g.top_k(g.op("Concat", *scores, axis=-1), best)
         # Among the visible, ids ascend with the column, so that TopK's lower column is the lower id.
         ids = g.op("Where", g.op("Less", place, used), place, g.op("Add", place, shift))
         return g.op("Where", g.op("Greater", top, -inf), ids, -1)
 
-    return over_token_blocks(g, g.dim(q, 1), per_token, 1 << 30, block, TensorProto.INT64)
+    return g.token_blocks(g.dim(q, 1), per_token, 1 << 30, block, integers=True)
 
 
 def _seen(g: Context, pos: V, start: V, count: V, ratio: int) -> V:
@@ -217,7 +216,7 @@ def attention(g: Context, op: Op) -> V:
 
     cap = max(size(op, 2, 1), 16)  # within a block every token is scored against every other
     per_token = g.op("Mul", floats, g.dim(q, 0))
-    return g.reshape(over_token_blocks(g, g.dim(q, 1), per_token, cap, block), 0, 0, heads, size(op, 0, 3))
+    return g.reshape(g.token_blocks(g.dim(q, 1), per_token, cap, block), 0, 0, heads, size(op, 0, 3))
 
 
 def _mix(g: Context, op: Op, weights: V, part: _Part, like: V) -> V:

@@ -68,8 +68,9 @@ def _store_weights(
 ) -> list[TensorProto]:
     ops = [op for op in module.weights() if op.result.uses]
     total, done, out = sum(map(stored_bytes, ops)), 0, []
-    for index, (op, name) in enumerate(zip(ops, _names(ops), strict=True)):
-        out.append(store_weight(op, name, index, store, writer))
+    for index, (op, name) in enumerate(zip(ops, weight_names(ops), strict=True)):
+        assert op.weight is not None
+        out.append(store_weight(op.weight, name, index, store, writer, op.loc).declare())
         g.values[op.result] = V(name)
         done += stored_bytes(op)
         if progress:
@@ -77,7 +78,7 @@ def _store_weights(
     return out
 
 
-def _names(ops: Iterable[Op]) -> list[str]:
+def weight_names(ops: Iterable[Op]) -> list[str]:
     """The locations, made unique where two weights share one."""
     seen: dict[str, int] = {}
     out = []
@@ -99,8 +100,8 @@ def _argument(g: Context, name: str, value: Value) -> ValueInfoProto:
     """Declare an input; integers go on as INT64."""
     integers = value.type.dtype is DType.I32
     g.where = name
-    g.values[value] = g.op("Cast", V(name), to=TensorProto.INT64) if integers else V(name)
-    appended = _append_of(value)
+    g.values[value] = g.cast_index(V(name)) if integers else V(name)
+    appended = append_of(value)
     shape: list[int | str] = [d if isinstance(d, int) else str(d) for d in value.type.shape]
     if appended:
         shape[1] = f"used.{name}"
@@ -123,7 +124,7 @@ def output_name(name: str, module: Module) -> str:
     return f"{name}.after" if name in module.states else name
 
 
-def _append_of(state: Value) -> Op | None:
+def append_of(state: Value) -> Op | None:
     """The `entries_append` that extends a state, if it is one of entries."""
     return next((op for op, index in state.uses if op.name == "entries_append" and index == 0), None)
 
@@ -132,13 +133,13 @@ def _states(module: Module) -> dict[str, dict[str, object]]:
     out: dict[str, dict[str, object]] = {}
     for name, value in module.states.items():
         out[name] = {"output": output_name(name, module)}
-        append = _append_of(value)
+        append = append_of(value)
         if append is not None:
             out[name] |= {"ratio": integer(append, "ratio"), "read": _reading(append.result)}
     return out
 
 
 def _reading(entries: Value) -> str:
-    """"some" when every reader picks rows by id, so that rows it does not pick cost nothing."""
+    """ "some" when every reader picks rows by id, so that rows it does not pick cost nothing."""
     picks = (op.name == "attention" and len(op.operands) == 8 for op in entries.users())
     return "some" if all(picks) else "all"

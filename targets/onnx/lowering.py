@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from onnx import TensorProto
+
 from dsv4c.errors import TargetError
 from dsv4c.ir.graph import Op, Value
 
+from .blocks import Body, over_token_blocks
 from .graph import Graph, V
 
 __all__ = ["Context", "Entries", "Lowering", "V", "integer", "number", "size"]
@@ -39,6 +42,11 @@ class Context(Graph):
     def __init__(self) -> None:
         super().__init__()
         self.values: dict[Value, Lowered] = {}
+
+    def token_blocks(self, tokens: V, per_token: V, cap: int, body: Body, integers: bool = False) -> V:
+        """[B,T,C]: `body` over blocks of tokens, as `blocks.over_token_blocks` does it."""
+        kind = self.index if integers else TensorProto.FLOAT
+        return over_token_blocks(self, tokens, per_token, cap, body, kind)
 
     def tensor(self, op: Op, index: int) -> V:
         """Operand `index` as a tensor."""

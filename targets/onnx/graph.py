@@ -33,12 +33,15 @@ class Graph:
 
     Attributes:
         where: prefix of the names of new tensors, so that ONNX Runtime's messages name a layer.
+        index: element type of the integers that are computed with.
     """
 
     def __init__(self) -> None:
         self.where = ""
         self._scopes: list[list[NodeProto]] = [[]]
         self._constants: dict[tuple[str, object], TensorProto] = {}
+        self._tensors: dict[str, TensorProto] = {}
+        self.index = TensorProto.INT64
         self._count = 0
 
     # ------------------------------------------------------------------------------- nodes
@@ -62,6 +65,26 @@ class Graph:
     def matmul_t(self, x: V, w: V, alpha: float = 1.0) -> V:
         """alpha x w^T over the last two axes; w is read as it lies (a transposed copy would double it)."""
         return self.op("FusedMatMul", x, w, domain=CONTRIB, transB=1, alpha=alpha)
+
+    def cast_index(self, x: V) -> V:
+        """Integers of any type as those that are computed with."""
+        return self.op("Cast", x, to=self.index)
+
+    def top_k(self, x: V, k: Arg) -> tuple[V, V]:
+        """The k largest of the last axis, descending, and where they are; ties go to the lower index."""
+        values, places = self.multi("TopK", 2, x, [k] if isinstance(k, int) else k, axis=-1)
+        return values, places
+
+    def rms_norm(self, x: V, weight: V | None, eps: float, width: int = 0) -> V:
+        """x / sqrt(mean(x^2) + eps) over the last axis, times `weight` [D] where given."""
+        ones = weight or self.op("Expand", 1.0, [width])  # times 1 is exact
+        return self.op("RMSNormalization", x, ones, axis=-1, epsilon=eps)
+
+    def rotate(self, x: V, cos: V, sin: V, width: int, heads: int | None) -> V:
+        """x [B,N,H,R] or, without heads, [B,N,R]: neighbouring channels turned by the angles [B,N,R/2]."""
+        flat = x if heads is None else self.reshape(x, 0, 0, heads * width)
+        turned = self.op("RotaryEmbedding", flat, cos, sin, interleaved=1, num_heads=heads or 1)
+        return turned if heads is None else self.reshape(turned, 0, 0, heads, width)
 
     def dim(self, x: V, axis: int) -> V:
         """INT64 [1]: the size of one axis."""

@@ -7,6 +7,7 @@ model carries marks, which the runtime overwrites with as many characters.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -15,7 +16,7 @@ from onnx import TensorProto
 from dsv4c.errors import TargetError
 from dsv4c.ir.dtypes import Array, DType, decode
 from dsv4c.ir.graph import Op
-from dsv4c.ir.weights import TensorStore, WeightExpr, materialise
+from dsv4c.ir.weights import TensorStore, WeightExpr, materialise, stack, transpose
 from dsv4c.runtime.container import ArtifactWriter
 
 LOCATION_MARK = "@location@".ljust(258, "@")
@@ -30,29 +31,59 @@ def offset_mark(index: int) -> str:
     return f"@offset:{index}@".ljust(20, "@")
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the artifact as ONNX sees it.
+
+    Attributes:
+        index: its place in meta["onnx"]["tensors"].
+        element: TensorProto code.
+    """
+
+    name: str
+    index: int
+    element: int
+    shape: tuple[int, ...]
+    nbytes: int
+
+    def declare(self, name: str = "", shape: tuple[int, ...] = ()) -> TensorProto:
+        """The initializer; another shape may stand over the same bytes under another name."""
+        tensor = TensorProto(
+            name=name or self.name, data_type=self.element, dims=shape or self.shape,
+            data_location=TensorProto.EXTERNAL,
+        )  # fmt: skip
+        place = {"location": LOCATION_MARK, "offset": offset_mark(self.index), "length": str(self.nbytes)}
+        for key, value in place.items():
+            tensor.external_data.add(key=key, value=value)
+        return tensor
+
+
 def stored_bytes(op: Op) -> int:
     """Bytes of a `weight` op in the artifact."""
     assert op.weight is not None
     return 4 * prod(op.weight.shape)
 
 
-def store_weight(op: Op, name: str, index: int, store: TensorStore, writer: ArtifactWriter) -> TensorProto:
-    """Stream one `weight` op into the artifact, as f32 or i32, and declare it; `index` counts the calls.
+def store_weight(
+    expr: WeightExpr, name: str, index: int, store: TensorStore, writer: ArtifactWriter, where: str
+) -> Stored:
+    """Stream one weight into the artifact, as f32 or i32; `index` counts the calls.
 
     Raises:
         TargetError: the weight is neither of floats nor of 32-bit integers.
     """
-    expr = op.weight
-    assert expr is not None
     if not expr.dtype.is_float and expr.dtype is not DType.I32:
-        raise TargetError(f"cannot store {expr.dtype.value}", where=op.loc, allowed="floats, i32")
-    kind, proto = ("f32", TensorProto.FLOAT) if expr.dtype.is_float else ("i32", TensorProto.INT32)
+        raise TargetError(f"cannot store {expr.dtype.value}", where=where, allowed="floats, i32")
+    kind, element = ("f32", TensorProto.FLOAT) if expr.dtype.is_float else ("i32", TensorProto.INT32)
     writer.add_tensor(name, kind, expr.shape, _pieces(expr, store))
-    tensor = TensorProto(name=name, data_type=proto, dims=expr.shape, data_location=TensorProto.EXTERNAL)
-    place = {"location": LOCATION_MARK, "offset": offset_mark(index), "length": str(stored_bytes(op))}
-    for key, value in place.items():
-        tensor.external_data.add(key=key, value=value)
-    return tensor
+    return Stored(name, index, element, expr.shape, 4 * prod(expr.shape))
+
+
+def transposed(expr: WeightExpr) -> WeightExpr:
+    """The last two axes swapped, matrix by matrix, so that no more than one is held."""
+    if expr.op == "stack":
+        return stack(tuple(transpose(x) for x in expr.args))
+    return transpose(expr)
 
 
 def _pieces(expr: WeightExpr, store: TensorStore) -> Iterator[Array]:

@@ -1,0 +1,141 @@
+"""Runs artifacts of fixed shapes through ONNX Runtime: which program takes which tokens, how states go in.
+
+The very models that a device would be given run here, nodes of a vendor by the meaning they carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dsv4c.errors import SessionError
+from dsv4c.runtime.container import Artifact
+from dsv4c.runtime.undo import Undo
+
+from .onnx_backend import append_entries, check_sizes, open_session, run_model
+
+Arr = npt.NDArray[Any]
+
+
+class Program(Protocol):
+    """A prepared program of one number of tokens."""
+
+    def run(self, outputs: Sequence[str], feeds: dict[str, Arr]) -> list[Arr]:
+        """The named outputs, fresh arrays; feeds that the program lacks are ignored.
+
+        Raises:
+            SessionError: it refuses a value.
+        """
+        ...
+
+
+Opener = Callable[[dict[str, Any], Sequence[str]], Program]
+"""(bucket of meta["onnx"]["static"], tensors inside to show as outputs) -> its program."""
+
+
+class OnnxProgram:
+    """A program in ONNX Runtime on this machine's processor."""
+
+    def __init__(self, artifact: Artifact, threads: int | None, section: str, probes: Sequence[str]) -> None:
+        self._session = open_session(artifact, threads, section, probes)
+
+    def run(self, outputs: Sequence[str], feeds: dict[str, Arr]) -> list[Arr]:
+        return run_model(self._session, outputs, feeds)
+
+
+class StaticBackend:
+    """Runs steps by programs of fixed shapes, each opened when first needed.
+
+    A step of more tokens than the largest program holds runs as several.
+
+    Args:
+        probe: show the residual streams of every layer in `probes`.
+        opener: who runs the programs; ONNX Runtime by default.
+
+    Attributes:
+        batch, context: the sizes the artifact was compiled for.
+        probes: layer -> its residual streams [B,T,n,d] of the last step, where it was opened with `probe`.
+
+    Raises:
+        ToolchainError: onnxruntime is not installed.
+        ArtifactError: the artifact holds no such programs, or ONNX Runtime refuses one.
+    """
+
+    undo: Undo | None = None
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        threads: int | None = None,
+        probe: bool = False,
+        opener: Opener | None = None,
+    ) -> None:
+        static = artifact.meta["onnx"]["static"]
+        self.batch, self.context = int(static["batch"]), int(static["context"])
+        self.probes: dict[str, Arr] = {}
+        self._probe = probe
+        self._open = opener or (
+            lambda bucket, probes: OnnxProgram(artifact, threads, bucket["section"], probes)
+        )
+        self._states: dict[str, dict[str, Any]] = artifact.meta["onnx"]["states"]
+        self._buckets: list[dict[str, Any]] = static["buckets"]
+        self._programs: dict[int, Program] = {}
+
+    def step(self, tokens: Arr, n_valid: Arr, rows: Arr, state: dict[str, Arr]) -> npt.NDArray[np.float32]:
+        """One step, as `OnnxBackend.step`; the batch must be the artifact's."""
+        check_sizes(tokens, n_valid)
+        if len(tokens) != self.batch:
+            raise SessionError(f"a step of {len(tokens)} rows", allowed=f"{self.batch}, as compiled")
+        need = int((state["pos"].astype(np.int64) + n_valid).max())
+        if need > self.context:
+            raise SessionError(f"{need} positions are needed", allowed=f"at most {self.context}, as compiled")
+        logits, probes = [], []
+        for start, bucket in _cut(tokens.shape[1], self._buckets):
+            part = tokens[:, start : start + bucket["tokens"]]
+            valid = np.clip(n_valid - start, 0, part.shape[1]).astype(np.int32)
+            result, seen = self._run(bucket, part, valid, state)
+            logits.append(result[:, : part.shape[1]])
+            probes.append({name: value[:, : part.shape[1]] for name, value in seen.items()})
+        self.probes = {name: np.concatenate([p[name] for p in probes], axis=1) for name in probes[0]}
+        return np.take_along_axis(np.concatenate(logits, axis=1), rows[..., None].astype(np.int64), axis=1)
+
+    def _run(
+        self, bucket: dict[str, Any], part: Arr, valid: Arr, state: dict[str, Arr]
+    ) -> tuple[Arr, dict[str, Arr]]:
+        """Logits of every token of a program, padding included, and its probes; `state` is updated."""
+        count = bucket["tokens"]
+        padded = np.zeros((self.batch, count), np.int32)
+        padded[:, : part.shape[1]] = part
+        every = np.broadcast_to(np.arange(count, dtype=np.int32), padded.shape)
+        feeds = {"tokens": padded, "n_valid": valid, "rows": np.ascontiguousarray(every)}
+        for name, value in state.items():
+            feeds[name] = value if value.size else np.zeros((len(value), 1, *value.shape[2:]), value.dtype)
+        before = state["pos"].astype(np.int64)
+        program = self._program(bucket)
+        wanted = ["logits", *(s["output"] for s in self._states.values())]
+        probes = bucket["probes"] if self._probe else {}
+        logits, *results = program.run([*wanted, *probes.values()], feeds)
+        for (name, how), result in zip(self._states.items(), results[: len(self._states)], strict=True):
+            if "ratio" in how:
+                append_entries(state[name], result, before // how["ratio"], (before + valid) // how["ratio"])
+            else:
+                np.copyto(state[name], result)
+        return logits, dict(zip(probes, results[len(self._states) :], strict=True))
+
+    def _program(self, bucket: dict[str, Any]) -> Program:
+        count = int(bucket["tokens"])
+        if count not in self._programs:
+            self._programs[count] = self._open(bucket, list(bucket["probes"].values()) if self._probe else [])
+        return self._programs[count]
+
+
+def _cut(count: int, buckets: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
+    """(first token, program) of each part: the largest while they fill, then the smallest for the rest."""
+    out, start, largest = [], 0, buckets[-1]
+    while count - start > largest["tokens"]:
+        out.append((start, largest))
+        start += largest["tokens"]
+    return [*out, (start, next(b for b in buckets if b["tokens"] >= count - start))]

@@ -1,0 +1,5 @@
+"""Huawei Ascend: the target, its ONNX dialect, its scripts, and kernels for what ONNX cannot say."""
+
+from .target import ASCEND
+
+__all__ = ["ASCEND"]

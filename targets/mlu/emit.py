@@ -1,0 +1,18 @@
+"""Artifacts for MLU: the models in its dialect, and the scripts that take them to the device."""
+
+from __future__ import annotations
+
+from dsv4c.ir.graph import Module
+from dsv4c.ir.weights import TensorStore
+from dsv4c.runtime.container import ArtifactWriter
+from dsv4c.targets.base import Arch, Progress
+from dsv4c.targets.onnx.emit_static import emit_static
+
+from .dialect import mlu_dialect
+
+
+def emit_mlu(
+    module: Module, store: TensorStore, writer: ArtifactWriter, arch: Arch, progress: Progress
+) -> None:
+    """Write the module for one product; see `emit_static`."""
+    emit_static(module, store, writer, mlu_dialect(), progress)

@@ -1,0 +1,179 @@
+"""One ONNX model per number of tokens, all over the same weights, for consumers of fixed shapes.
+
+What a step means and how states go in and out is as in `emit.py`; here a state has all of its capacity, and
+logits are those of every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from onnx import TensorProto, ValueInfoProto
+
+from dsv4c.errors import TargetError
+from dsv4c.ir.clone import clone
+from dsv4c.ir.dtypes import DType
+from dsv4c.ir.graph import Module, Op, Value
+from dsv4c.ir.streams import stream_values
+from dsv4c.ir.weights import TensorStore, WeightExpr
+from dsv4c.runtime.container import ArtifactWriter
+
+from . import static_moe
+from .dialect import Dialect
+from .emit import Progress, append_of, output_name, weight_names
+from .lowering import Entries, Lowering, V, integer
+from .static import StaticContext
+from .stored import LOCATION_MARK, Stored, store_weight, stored_bytes, transposed
+from .table import LOWERINGS
+
+STATIC_LOWERINGS: dict[str, Lowering] = {**LOWERINGS, "expert_mlp": static_moe.expert_mlp}
+"""Op name -> lowering where every size is known."""
+
+_DOWN = ("expert_mlp", 5)
+"""The operand that is stored with its last two axes swapped; see `static_moe`."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes that programs are made for, as `passes.bind_shapes` leaves them in the module."""
+
+    batch: int
+    context: int
+    tokens: tuple[int, ...]
+
+    @classmethod
+    def of(cls, module: Module) -> Shapes:
+        """Raises `TargetError` where no pass has bound the shapes."""
+        found = module.meta.get("static_shapes")
+        if not isinstance(found, dict):
+            raise TargetError(
+                "shapes are not bound", where=module.name, hint="end the pipeline with bind_shapes"
+            )
+        return cls(int(found["batch"]), int(found["context"]), tuple(int(t) for t in found["tokens"]))
+
+
+def emit_static(
+    module: Module,
+    store: TensorStore,
+    writer: ArtifactWriter,
+    dialect: Dialect,
+    progress: Progress | None = None,
+) -> None:
+    """Write the weights and, per bucket, the section "onnx.<tokens>".
+
+    meta["onnx"] = {"location", "tensors", "states"} as `emit_onnx` writes them, and "static": {"batch",
+    "context", "buckets": [{"tokens", "section", "probes": {layer: tensor}}], "dialect", "opset"}.
+
+    Raises:
+        TargetError: an op has no lowering, or a node, type or rank is outside the dialect; names the layer.
+    """
+    shapes = Shapes.of(module)
+    _check(module, dialect)
+    stored = _store(module, store, writer, progress)
+    buckets = []
+    for count in shapes.tokens:
+        sizes = {"B": shapes.batch, "ctx": shapes.context, "T": count, "L": count}
+        bound = clone(module, sizes)
+        g = StaticContext(dialect)
+        model = _model(g, bound, stored)
+        section = f"onnx.{count}"
+        writer.add_section(section, model)
+        buckets.append({"tokens": count, "section": section, "probes": g.probes})
+    static = {
+        "batch": shapes.batch, "context": shapes.context, "buckets": buckets,
+        "dialect": dialect.name, "opset": dialect.opset,
+    }  # fmt: skip
+    names = [s.name for s in stored]
+    states = {name: _state(module, name, value) for name, value in module.states.items()}
+    writer.set_meta("onnx", {"location": LOCATION_MARK, "tensors": names, "states": states, "static": static})
+
+
+def _check(module: Module, dialect: Dialect) -> None:
+    for op in module.ops:
+        if op.weight is None and op.name not in STATIC_LOWERINGS:
+            allowed = ", ".join(sorted(STATIC_LOWERINGS))
+            raise TargetError(
+                f"{dialect.name} has no {op.name}", where=op.loc or module.name, allowed=allowed
+            )
+
+
+def _store(
+    module: Module, store: TensorStore, writer: ArtifactWriter, progress: Progress | None
+) -> list[Stored]:
+    ops = [op for op in module.weights() if op.result.uses]
+    total, done, out = sum(map(stored_bytes, ops)), 0, []
+    for index, (op, name) in enumerate(zip(ops, weight_names(ops), strict=True)):
+        out.append(store_weight(_laid_out(op), name, index, store, writer, op.loc))
+        done += stored_bytes(op)
+        if progress:
+            progress(name, done, total)
+    return out
+
+
+def _laid_out(op: Op) -> WeightExpr:
+    assert op.weight is not None
+    swapped = {(user.name, index) == _DOWN for user, index in op.result.uses}
+    if swapped == {True, False}:
+        raise TargetError("a down projection of experts is read by another op too", where=op.loc)
+    return transposed(op.weight) if True in swapped else op.weight
+
+
+def _model(g: StaticContext, module: Module, stored: list[Stored]) -> bytes:
+    weights = [op for op in module.weights() if op.result.uses]
+    for op, place in zip(weights, stored, strict=True):
+        g.holds(op.result, place)
+    inputs = [_argument(g, name, value) for name, value in module.arguments().items() if value.uses]
+    streams = {value: layer for layer, value in stream_values(module).items()} if _is_model(module) else {}
+    for op in module.ops:
+        if op.weight is None:
+            _lower(g, op, streams)
+    g.where = "outputs"
+    outputs = [_output(g, name, value, module) for name, value in module.outputs.items()]
+    data: bytes = g.model(inputs, outputs).SerializeToString()
+    return data
+
+
+def _is_model(module: Module) -> bool:
+    return "logits" in module.outputs
+
+
+def _lower(g: StaticContext, op: Op, streams: Mapping[Value, str]) -> None:
+    g.where = op.loc or op.name
+    result = STATIC_LOWERINGS[op.name](g, op)
+    results = result if isinstance(result, tuple) else (result,)
+    g.values.update(zip(op.results, results, strict=True))
+    for value, lowered in zip(op.results, results, strict=True):
+        if value in streams and not isinstance(lowered, Entries):
+            g.probes[streams[value]] = lowered
+
+
+def _argument(g: StaticContext, name: str, value: Value) -> ValueInfoProto:
+    g.where = name
+    element = TensorProto.INT32 if value.type.dtype is DType.I32 else TensorProto.FLOAT
+    shape = value.type.concrete({})
+    if append_of(value):
+        shape = (shape[0], max(1, shape[1]), *shape[2:])  # no consumer has a tensor without elements
+    tensor = g.declare(name, element, shape)
+    g.values[value] = g.cast_index(tensor) if element == TensorProto.INT32 else tensor
+    return g.info(name, tensor)
+
+
+def _output(g: StaticContext, name: str, value: Value, module: Module) -> ValueInfoProto:
+    lowered = g.values[value]
+    tensor = lowered.new if isinstance(lowered, Entries) else lowered
+    border = output_name(name, module)
+    if value.type.dtype is DType.I32 and g.element_of(tensor) != TensorProto.INT32:
+        tensor = g.op("Cast", tensor, to=TensorProto.INT32)
+    g.alias(tensor, border)
+    return g.info(border, tensor)
+
+
+def _state(module: Module, name: str, value: Value) -> dict[str, Any]:
+    append = append_of(value)
+    facts: dict[str, Any] = {"output": output_name(name, module)}
+    return facts | ({"ratio": integer(append, "ratio")} if append else {})
+
+
+__all__ = ["STATIC_LOWERINGS", "Shapes", "V", "emit_static"]
