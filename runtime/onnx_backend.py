@@ -23,6 +23,10 @@ from dsv4c.runtime.undo import Undo
 Arr = npt.NDArray[Any]
 Positions = npt.NDArray[np.int64]
 
+_STANDARD, _FUNCTIONS = b"ai.onnx", b"cpu.fns"
+"""A node that a vendor knows in the standard domain, by its written name, is none of ONNX: for ONNX Runtime
+the domain is renamed to one whose functions the model brings along. Both names are of one length."""
+
 _OFFSET_MARK = re.compile(rb"(?=@offset:(\d+)@)[@offset:\d]{20}")
 """Stands for the offset of a tensor, by its index in meta["onnx"]["tensors"]."""
 
@@ -197,7 +201,8 @@ def placed_model(artifact: Artifact, file_name: str, section: str = "onnx") -> b
     def offset(mark: re.Match[bytes]) -> bytes:
         return str(artifact.tensors[names[int(mark[1])]].offset).rjust(20, "0").encode()
 
-    return _OFFSET_MARK.sub(offset, artifact.section(section)).replace(mark, location)
+    model = artifact.section(section).replace(_STANDARD, _FUNCTIONS)
+    return _OFFSET_MARK.sub(offset, model).replace(mark, location)
 
 
 def _onnxruntime() -> Any:

@@ -12,8 +12,7 @@ from pathlib import Path
 from dsv4c.targets.onnx.dialect import Dialect, VendorNode, load_nodes
 
 OPSET = 16
-"""Within the converter's 11 to 18. At 16 reductions still take their axes as attributes, which every version
-of the converter's plugins reads."""
+"""Within the converter's 11 to 18, and the last at which it knows the product of INT8 codes."""
 
 RMS_NORM = VendorNode(
     "npu", "NPURmsNorm", ("x", "gamma"), ("y", "rstd"), {"epsilon": ""},
@@ -45,6 +44,52 @@ ROTARY = VendorNode(
 what the body does. No other mode is emitted."""
 
 
+DYNAMIC_QUANT = VendorNode(
+    "npu", "NPUDynamicQuant", ("x",), ("y", "scale"), {},
+    """  wide = Cast <to = 1> (x)
+  size = Abs(wide)
+  top = ReduceMax <axes = [-1], keepdims = 1> (size)
+  steps = Constant <value_float = 127.0> ()
+  column = Div(top, steps)
+  zero = Constant <value_float = 0.0> ()
+  one = Constant <value_float = 1.0> ()
+  some = Greater(column, zero)
+  safe = Where(some, column, one)
+  ratio = Div(wide, safe)
+  whole = Round(ratio)
+  y = Cast <to = 3> (whole)
+  last = Constant <value_ints = [-1]> ()
+  scale = Squeeze(column, last)""",
+)  # fmt: skip
+"""x FLOAT16 [N,K] -> INT8 codes [N,K] and FLOAT scales [N], the largest magnitude of a row by 127."""
+
+INT8_MATMUL = VendorNode(
+    "ai.onnx", "QuantBatchMatMul", ("x1", "x2", "scale", "offset", "bias", "pertoken"), ("y",),
+    {"dtype": "", "transpose_x1": "", "transpose_x2": ""},
+    """  a = Cast <to = 1> (x1)
+  b = Cast <to = 1> (x2)
+  bt = Transpose <perm = [1, 0]> (b)
+  dots = MatMul(a, bt)
+  by_column = Mul(dots, scale)
+  last = Constant <value_ints = [-1]> ()
+  rows = Unsqueeze(pertoken, last)
+  wide = Mul(by_column, rows)
+  y = Cast <to = 16> (wide)""",
+)  # fmt: skip
+"""x1 INT8 [M,K], x2 INT8 [N,K], scale FLOAT [N], pertoken FLOAT [M] -> BFLOAT16 [M,N]; no offset, no bias.
+
+CANN knows it in the standard domain up to opset 16, though ONNX has no such node. So the domain is written out,
+and to run the body elsewhere our runtime renames it, letter for letter, when it reads the file."""
+
+
+VENDOR = {
+    "rms_norm": RMS_NORM,
+    "rotary": ROTARY,
+    "dynamic_quant": DYNAMIC_QUANT,
+    "int8_matmul": INT8_MATMUL,
+}
+
+
 @cache
 def ascend_dialect() -> Dialect:
     """What the converter takes for every Ascend of the table."""
@@ -54,5 +99,5 @@ def ascend_dialect() -> Dialect:
         ir_version=8,
         nodes=load_nodes(Path(__file__).with_name("nodes.json")),
         elements=frozenset({"f32", "f16", "bf16", "i8", "u8", "i32", "i64", "bool"}),
-        vendor={"rms_norm": RMS_NORM, "rotary": ROTARY},
+        vendor=VENDOR,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv4c.targets.base import Arch, Emitter, Format, Target
-from dsv4c.targets.onnx.ops import OPS, PIPELINE
+from dsv4c.targets.onnx.ops import INT8, OPS, PIPELINE, W8A8
 
 from .dialect import ascend_dialect
 
@@ -27,7 +27,8 @@ ASCEND = Target(
     doc="Huawei Ascend NPUs, by ONNX for the ATC converter of CANN",
     archs=ARCHS,
     ops=OPS,
-    formats=(Format("onnx", PIPELINE, {"onnx": "onnx"}, _load, shows_blocks=True),),
+    formats=(Format("onnx", PIPELINE, {"onnx": "onnx"}, _load, INT8, shows_blocks=True),),
     default_arch=lambda: "910c",
+    numerics={"exact": "", "fast": W8A8},
     dialect=ascend_dialect,
 )

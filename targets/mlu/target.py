@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv4c.targets.base import Arch, Emitter, Format, Target
-from dsv4c.targets.onnx.ops import OPS, PIPELINE
+from dsv4c.targets.onnx.ops import INT8, OPS, PIPELINE, W8A8
 
 from .dialect import mlu_dialect
 
@@ -25,7 +25,8 @@ MLU = Target(
     doc="Cambricon MLU, by ONNX in a conservative subset",
     archs=ARCHS,
     ops=OPS,
-    formats=(Format("onnx", PIPELINE, {"onnx": "onnx"}, _load, shows_blocks=True),),
+    formats=(Format("onnx", PIPELINE, {"onnx": "onnx"}, _load, INT8, shows_blocks=True),),
     default_arch=lambda: "590",
+    numerics={"exact": "", "fast": W8A8},
     dialect=mlu_dialect,
 )

@@ -86,6 +86,10 @@ class Dialect:
             if f"{node.domain}::{node.name}" not in self.nodes:
                 raise TargetError(f"{role} is {node.domain}::{node.name}, not in its nodes", where=self.name)
 
+    def version_of(self, domain: str) -> int:
+        """The version of a domain in the file: vendors' domains have one only."""
+        return self.opset if domain in ("", "ai.onnx") else 1
+
     def check(self, domain: str, name: str, where: str) -> None:
         """Refuse a node that the consumer does not take at this file's version of its domain.
 
@@ -93,7 +97,7 @@ class Dialect:
             TargetError: with the versions at which the node exists, or with names like it.
         """
         key = f"{domain or 'ai.onnx'}::{name}"
-        version = 1 if domain else self.opset
+        version = self.version_of(domain)
         found = self.nodes.get(key)
         if found and any(low <= version <= high for low, high in found):
             return

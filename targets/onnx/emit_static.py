@@ -16,11 +16,12 @@ from dsv4c.errors import TargetError
 from dsv4c.ir.clone import clone
 from dsv4c.ir.dtypes import DType
 from dsv4c.ir.graph import Module, Op, Value
+from dsv4c.ir.packed import packed_form
 from dsv4c.ir.streams import stream_values
 from dsv4c.ir.weights import TensorStore, WeightExpr
 from dsv4c.runtime.container import ArtifactWriter
 
-from . import static_moe
+from . import static_int8, static_moe
 from .dialect import Dialect
 from .emit import Progress, append_of, output_name, weight_names
 from .lowering import Entries, Lowering, V, integer
@@ -28,7 +29,12 @@ from .static import StaticContext
 from .stored import LOCATION_MARK, Stored, store_weight, stored_bytes, transposed
 from .table import LOWERINGS
 
-STATIC_LOWERINGS: dict[str, Lowering] = {**LOWERINGS, "expert_mlp": static_moe.expert_mlp}
+STATIC_LOWERINGS: dict[str, Lowering] = {
+    **LOWERINGS,
+    "expert_mlp": static_moe.expert_mlp,
+    "linear": static_int8.linear,
+    "round_values": static_int8.round_values,
+}
 """Op name -> lowering where every size is known."""
 
 _DOWN = ("expert_mlp", 5)
@@ -85,7 +91,7 @@ def emit_static(
         "batch": shapes.batch, "context": shapes.context, "buckets": buckets,
         "dialect": dialect.name, "opset": dialect.opset,
     }  # fmt: skip
-    names = [s.name for s in stored]
+    names = [part.name for parts in stored for part in parts]
     states = {name: _state(module, name, value) for name, value in module.states.items()}
     writer.set_meta("onnx", {"location": LOCATION_MARK, "tensors": names, "states": states, "static": static})
 
@@ -101,29 +107,38 @@ def _check(module: Module, dialect: Dialect) -> None:
 
 def _store(
     module: Module, store: TensorStore, writer: ArtifactWriter, progress: Progress | None
-) -> list[Stored]:
+) -> list[tuple[Stored, ...]]:
+    """Per weight what holds it: its numbers, or its codes and scales."""
     ops = [op for op in module.weights() if op.result.uses]
-    total, done, out = sum(map(stored_bytes, ops)), 0, []
-    for index, (op, name) in enumerate(zip(ops, weight_names(ops), strict=True)):
-        out.append(store_weight(_laid_out(op), name, index, store, writer, op.loc))
+    total, done, index, out = sum(map(stored_bytes, ops)), 0, 0, []
+    for op, name in zip(ops, weight_names(ops), strict=True):
+        parts = []
+        for suffix, expr in _parts(op).items():
+            parts.append(store_weight(expr, name + suffix, index, store, writer, op.loc))
+            index += 1
+        out.append(tuple(parts))
         done += stored_bytes(op)
         if progress:
             progress(name, done, total)
     return out
 
 
-def _laid_out(op: Op) -> WeightExpr:
+def _parts(op: Op) -> dict[str, WeightExpr]:
+    """Suffix of the name -> what is stored: numbers, or INT8 codes and their scales, one per row."""
     assert op.weight is not None
     swapped = {(user.name, index) == _DOWN for user, index in op.result.uses}
     if swapped == {True, False}:
         raise TargetError("a down projection of experts is read by another op too", where=op.loc)
-    return transposed(op.weight) if True in swapped else op.weight
+    held = packed_form(op.weight)
+    if held is None or held.scheme.name != "int8":
+        return {"": transposed(op.weight) if True in swapped else op.weight}
+    return {"": transposed(held.codes) if True in swapped else held.codes, ".scales": held.scales}
 
 
-def _model(g: StaticContext, module: Module, stored: list[Stored]) -> bytes:
+def _model(g: StaticContext, module: Module, stored: list[tuple[Stored, ...]]) -> bytes:
     weights = [op for op in module.weights() if op.result.uses]
-    for op, place in zip(weights, stored, strict=True):
-        g.holds(op.result, place)
+    for op, places in zip(weights, stored, strict=True):
+        g.holds(op.result, *places)
     inputs = [_argument(g, name, value) for name, value in module.arguments().items() if value.uses]
     streams = {value: layer for layer, value in stream_values(module).items()} if _is_model(module) else {}
     for op in module.ops:

@@ -11,8 +11,20 @@ OPS = frozenset({
 })  # fmt: skip
 """Experts are grouped and index scores are never kept."""
 
+INT8 = frozenset({"round_values"})
+"""What INT8 numerics bring with them."""
+
 FUSE = "merge_common_subexpressions,fuse_swiglu,fuse_index_select,fuse_expert_gemms"
 """What every target runs first."""
 
-PIPELINE = FUSE + ',narrow_weights{storage="f32"},bind_shapes{tokens="1,128", batch=1, context=4096}'
-"""For consumers of fixed shapes, exact numerics."""
+PIPELINE = (
+    FUSE + ',narrow_weights{storage="f32", packed="int8"}'
+    ',bind_shapes{tokens="1,128", batch=1, context=4096}'
+)
+"""For consumers of fixed shapes: numbers, but for what a pass has made INT8."""
+
+W8A8 = (
+    'requantise{experts="int8", shared="int8", linears="int8", compressor="int8", embedding="", head="int8"},'
+    "quantise_activations"
+)
+"""In front of it: INT8 matrices with a scale per row, and INT8 inputs of linears with a scale per token."""

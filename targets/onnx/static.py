@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,12 @@ from .graph import Arg, Body, Infos
 from .lowering import Context, V
 from .stored import Stored
 
+if TYPE_CHECKING:
+    from .static_int8 import Quantised
+
 Arr = npt.NDArray[Any]
+Type = tuple[int, tuple[int, ...]]
+"""TensorProto code and sizes."""
 
 _SIZES = {
     "Reshape": (1,), "Expand": (1,), "Unsqueeze": (1,), "Squeeze": (1,), "Split": (1,), "Slice": (1, 2, 3, 4),
@@ -44,6 +49,7 @@ class StaticContext(Context):
 
     Attributes:
         probes: layer -> the tensor of its residual streams, for checks.
+        quantised: numbers that came from INT8 codes -> those.
     """
 
     def __init__(self, dialect: Dialect) -> None:
@@ -51,10 +57,12 @@ class StaticContext(Context):
         self.dialect = dialect
         self.index = INTEGERS[dialect.index]
         self.probes: dict[str, V] = {}
+        self.quantised: dict[V, Quantised] = {}
         self._opsets = [helper.make_opsetid("", dialect.opset)]
         self._types: dict[str, Any] = {}
         self._known: dict[str, Arr] = {}
         self._stored: dict[Value, Stored] = {}
+        self._scales: dict[Value, Stored] = {}
         self._declared: dict[str, TensorProto] = {}
         self._functions: dict[str, FunctionProto] = {}
 
@@ -66,17 +74,37 @@ class StaticContext(Context):
         self._types[name] = helper.make_tensor_type_proto(element, list(shape))
         return V(name)
 
-    def holds(self, value: Value, stored: Stored) -> None:
-        """Say where the bytes of a weight lie; it is declared when something reads it."""
+    def holds(self, value: Value, stored: Stored, scales: Stored | None = None) -> None:
+        """Say where the bytes of a weight lie, or its codes and scales; declared when something reads it."""
         self._stored[value] = stored
+        if scales:
+            self._scales[value] = scales
 
     def tensor(self, op: Op, index: int) -> V:
+        """Operand `index` as numbers; codes are decoded where they stand."""
         value = op.operands[index]
-        return self.view(op, index) if value in self._stored else super().tensor(op, index)
+        if value not in self._stored:
+            return super().tensor(op, index)
+        numbers = self.view(op, index)
+        return self.decoded(numbers, self.scales(op, index)) if value in self._scales else numbers
+
+    def is_packed(self, op: Op, index: int) -> bool:
+        """Whether a weight operand is held as codes and scales."""
+        return op.operands[index] in self._scales
+
+    def decoded(self, codes: V, scales: V) -> V:
+        """INT8 codes times scales that broadcast over them, as FLOAT."""
+        return self.op("Mul", self.op("Cast", codes, to=TensorProto.FLOAT), scales)
+
+    def scales(self, op: Op, index: int, *shape: int) -> V:
+        """The scales of a packed weight operand, [..., rows, 1] or under another shape."""
+        return self._view(self._scales[op.operands[index]], shape)
 
     def view(self, op: Op, index: int, *shape: int) -> V:
-        """A weight operand, its bytes seen under another shape where one is given."""
-        stored = self._stored[op.operands[index]]
+        """A weight operand, numbers or codes, its bytes seen under another shape where one is given."""
+        return self._view(self._stored[op.operands[index]], shape)
+
+    def _view(self, stored: Stored, shape: tuple[int, ...]) -> V:
         dims = shape or stored.shape
         name = stored.name if dims == stored.shape else f"{stored.name}:{'x'.join(map(str, dims))}"
         if name not in self._declared:
@@ -227,7 +255,8 @@ class StaticContext(Context):
     def rms_norm(self, x: V, weight: V | None, eps: float, width: int = 0) -> V:
         if "rms_norm" in self.dialect.vendor:
             gamma = weight or self.op("Expand", 1.0, [width])
-            return self.vendor("rms_norm", [x, gamma], [x, None], epsilon=eps)[0]
+            types = [(TensorProto.FLOAT, self.shape_of(x)), None]
+            return self.vendor("rms_norm", [x, gamma], types, epsilon=eps)[0]
         mean = self.op("ReduceMean", self.op("Mul", x, x), [-1], keepdims=1)
         y = self.op("Mul", x, self.op("Div", 1.0, self.op("Sqrt", self.op("Add", mean, eps))))
         return self.op("Mul", y, weight) if weight else y
@@ -238,7 +267,8 @@ class StaticContext(Context):
         if "rotary" in self.dialect.vendor:
             twice = [self._repeated(angle, b, n, r) for angle in (cos, sin)]
             flat = self.op("Reshape", x, [b, n, heads, r])
-            turned = self.vendor("rotary", [flat, *twice], [flat], mode=1)[0]
+            types = [(TensorProto.FLOAT, (b, n, heads, r))]
+            turned = self.vendor("rotary", [flat, *twice], types, mode=1)[0]
             return self.op("Reshape", turned, list(sizes))
         cos, sin = (self.op("Reshape", angle, [b, n, 1, r // 2, 1]) for angle in (cos, sin))
         even, odd = self.multi("Split", 2, self.op("Reshape", x, [b, n, heads, r // 2, 2]), [1, 1], axis=-1)
@@ -280,11 +310,13 @@ class StaticContext(Context):
         """Always `then`: a choice at run time would need a second form of everything behind it."""
         return then()
 
-    def vendor(self, role: str, inputs: Sequence[V], types: Sequence[V | None], **attrs: object) -> list[V]:
+    def vendor(
+        self, role: str, inputs: Sequence[V | None], types: Sequence[Type | None], **attrs: object
+    ) -> list[V]:
         """A node of the dialect's own, which carries its meaning as a function.
 
         Args:
-            types: per output the tensor whose type it has; None for one that nobody reads.
+            types: element type and sizes per output; None for one that nobody reads.
         """
         node = self.dialect.vendor[role]
         self.dialect.check(node.domain, node.name, self.where)
@@ -293,9 +325,9 @@ class StaticContext(Context):
         self._scopes[-1].append(
             helper.make_node(node.name, names, outputs, name=outputs[0], domain=node.domain, **attrs)
         )
-        for name, like in zip(outputs, types, strict=True):
-            if like:
-                self._types[name] = helper.make_tensor_type_proto(self.element_of(like), self.shape_of(like))
+        for name, type_ in zip(outputs, types, strict=True):
+            if type_:
+                self.declare(name, *type_)
         self._functions.setdefault(f"{node.domain}::{node.name}", self._function(node))
         return outputs
 
@@ -306,15 +338,25 @@ class StaticContext(Context):
 
     def model(self, inputs: Infos, outputs: Infos, weights: Sequence[TensorProto] = ()) -> ModelProto:
         initializers = [*self._constants.values(), *self._declared.values(), *weights]
-        graph = helper.make_graph(self._scopes[0], "step", inputs, outputs, initializers)
+        graph = helper.make_graph(self._live_nodes(outputs), "step", inputs, outputs, initializers)
         domains = sorted({f.domain for f in self._functions.values()})
+        versions = [helper.make_opsetid(d, self.dialect.version_of(d)) for d in domains]
         return helper.make_model(
             graph,
-            opset_imports=[*self._opsets, *(helper.make_opsetid(d, 1) for d in domains)],
+            opset_imports=[*self._opsets, *versions],
             ir_version=self.dialect.ir_version,
             producer_name="dsv4c",
             functions=list(self._functions.values()),
         )
+
+    def _live_nodes(self, outputs: Infos) -> list[Any]:
+        """The nodes that an output or a probe depends on, in order."""
+        wanted, kept = {o.name for o in outputs} | set(self.probes.values()), []
+        for node in reversed(self._scopes[0]):
+            if not wanted.isdisjoint(node.output):
+                kept.append(node)
+                wanted.update(node.input)
+        return kept[::-1]
 
     def info(self, name: str, x: V) -> ValueInfoProto:
         """The declaration of a border tensor with the type of `x`."""

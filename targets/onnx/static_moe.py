@@ -1,12 +1,14 @@
 """The experts of a layer in fixed shapes: every token through its own experts, or all tokens through all.
 
-Nothing here sorts tokens, and no route is dropped: fixed shapes leave room for the worst case, one expert that
-every token takes. Few routes gather the matrices of their experts. Many routes read every matrix once and mix
-by a weight that is zero where nobody chose the expert: up to about peak over bandwidth tokens, some hundred on
-an accelerator, such a product takes no longer than the reading.
+Nothing here sorts tokens, and no route is dropped: fixed shapes leave room for the worst case, one expert for
+every token. Few routes gather the matrices of their experts. Many routes read every matrix once and mix by a
+weight that is zero where nobody chose the expert: up to about peak over bandwidth tokens, some hundred on an
+accelerator, such a product takes no longer than the reading.
 """
 
 from __future__ import annotations
+
+from onnx import TensorProto
 
 from dsv4c.ir.graph import Op
 
@@ -37,26 +39,62 @@ def _gathered(g: StaticContext, op: Op) -> V:
     flat = g.op("Reshape", ids, [routes])
     rows = g.op("Expand", g.op("Reshape", x, [tokens, 1, width, 1]), [tokens, chosen, width, 1])
     rows = g.op("Reshape", rows, [routes, width, 1])
-    both = g.op("MatMul", g.op("Gather", g.tensor(op, 4), flat, axis=0), rows)
+    both = g.op("MatMul", _of_routes(g, op, 4, flat), rows)
+    if g.is_packed(op, 4):
+        both = g.op("Mul", both, g.op("Gather", g.scales(op, 4), flat, axis=0))
     gate, up = g.multi("Split", 2, g.op("Reshape", both, [routes, 1, 2 * inner]), [inner, inner], axis=-1)
     hidden = g.op("Mul", swiglu(g, gate, up, number(op, "limit")), g.op("Reshape", weights, [routes, 1, 1]))
-    y = g.op("MatMul", hidden, g.op("Gather", g.view(op, 5, size(op, 4, 0), inner, width), flat, axis=0))
+    y = g.op("MatMul", hidden, _of_routes(g, op, 5, flat))
+    if g.is_packed(op, 5):
+        scales = g.scales(op, 5, size(op, 4, 0), 1, width)
+        y = g.op("Mul", y, g.op("Gather", scales, flat, axis=0))
     return g.op("ReduceSum", g.op("Reshape", y, [tokens, chosen, width]), [1], keepdims=0)
 
 
+def _of_routes(g: StaticContext, op: Op, index: int, experts: V) -> V:
+    """The matrices of some experts [routes,...] as FLOAT, codes without their scales."""
+    chosen = g.op("Gather", g.view(op, index), experts, axis=0)
+    return g.op("Cast", chosen, to=TensorProto.FLOAT) if g.is_packed(op, index) else chosen
+
+
 def _dense(g: StaticContext, op: Op) -> V:
-    """[N,d]: two products with the matrices of all experts side by side."""
+    """[N,d]: two products with the matrices of many experts side by side.
+
+    Numbers are multiplied where they lie, all at once; codes are decoded for as many experts at a time as the
+    dialect lets temporaries hold.
+    """
     experts, inner, width = size(op, 4, 0), size(op, 5, 2), size(op, 0, 2)
     tokens = size(op, 0, 0) * size(op, 0, 1)
-    rows = g.op("Reshape", g.tensor(op, 0), [tokens, width])
-    both = g.matmul_t(rows, g.view(op, 4, experts * 2 * inner, width))
-    by_expert = g.op("Reshape", both, [tokens, experts, 2 * inner])
-    gate, up = g.multi("Split", 2, by_expert, [inner, inner], axis=-1)
-    share = g.op("Reshape", _shares(g, op), [tokens, experts, 1])
-    hidden = g.op("Mul", swiglu(g, gate, up, number(op, "limit")), share)
-    return g.op(
-        "MatMul", g.op("Reshape", hidden, [tokens, experts * inner]), g.view(op, 5, experts * inner, width)
+    rows, share = g.op("Reshape", g.tensor(op, 0), [tokens, width]), _shares(g, op)
+    packed = g.is_packed(op, 4) or g.is_packed(op, 5)
+    step = max(1, min(experts, g.dialect.held // (2 * inner * width))) if packed else experts
+    total: V | None = None
+    for first in range(0, experts, step):
+        last = min(first + step, experts)
+        count = last - first
+        both = g.matmul_t(rows, _some(g, op, 4, first, last))
+        by_expert = g.op("Reshape", both, [tokens, count, 2 * inner])
+        gate, up = g.multi("Split", 2, by_expert, [inner, inner], axis=-1)
+        own = g.op("Reshape", g.op("Slice", share, [first], [last], [1]), [tokens, count, 1])
+        hidden = g.op("Mul", swiglu(g, gate, up, number(op, "limit")), own)
+        y = g.op("MatMul", g.op("Reshape", hidden, [tokens, count * inner]), _some(g, op, 5, first, last))
+        total = y if total is None else g.op("Add", total, y)
+    assert total is not None
+    return total
+
+
+def _some(g: StaticContext, op: Op, index: int, first: int, last: int) -> V:
+    """The matrices of experts first .. last-1 one below the other: [n*2I,d] of operand 4, [n*I,d] of 5."""
+    experts, inner, width = size(op, 4, 0), size(op, 5, 2), size(op, 0, 2)
+    height = 2 * inner if index == 4 else inner
+    if not g.is_packed(op, index):
+        whole = g.view(op, index, experts * height, width)
+        return g.op("Slice", whole, [first * height], [last * height], [0])
+    scales = (experts, height, 1) if index == 4 else (experts, 1, width)
+    codes, by = (
+        g.op("Slice", x, [first], [last], [0]) for x in (g.view(op, index), g.scales(op, index, *scales))
     )
+    return g.op("Reshape", g.decoded(codes, by), [(last - first) * height, width])
 
 
 def _shares(g: StaticContext, op: Op) -> V:

@@ -64,19 +64,23 @@ def stored_bytes(op: Op) -> int:
     return 4 * prod(op.weight.shape)
 
 
+_INTEGERS = {DType.I32: TensorProto.INT32, DType.I8: TensorProto.INT8}
+
+
 def store_weight(
     expr: WeightExpr, name: str, index: int, store: TensorStore, writer: ArtifactWriter, where: str
 ) -> Stored:
-    """Stream one weight into the artifact, as f32 or i32; `index` counts the calls.
+    """Stream one weight into the artifact, as f32 or as the integers it is; `index` counts the calls.
 
     Raises:
-        TargetError: the weight is neither of floats nor of 32-bit integers.
+        TargetError: the weight is neither of floats nor of 8-bit or 32-bit integers.
     """
-    if not expr.dtype.is_float and expr.dtype is not DType.I32:
-        raise TargetError(f"cannot store {expr.dtype.value}", where=where, allowed="floats, i32")
-    kind, element = ("f32", TensorProto.FLOAT) if expr.dtype.is_float else ("i32", TensorProto.INT32)
-    writer.add_tensor(name, kind, expr.shape, _pieces(expr, store))
-    return Stored(name, index, element, expr.shape, 4 * prod(expr.shape))
+    if not expr.dtype.is_float and expr.dtype not in _INTEGERS:
+        raise TargetError(f"cannot store {expr.dtype.value}", where=where, allowed="floats, i32, i8")
+    dtype = DType.F32 if expr.dtype.is_float else expr.dtype
+    element = TensorProto.FLOAT if expr.dtype.is_float else _INTEGERS[dtype]
+    writer.add_tensor(name, dtype.value, expr.shape, _pieces(expr, store))
+    return Stored(name, index, element, expr.shape, dtype.itemsize * prod(expr.shape))
 
 
 def transposed(expr: WeightExpr) -> WeightExpr:
@@ -96,4 +100,4 @@ def _pieces(expr: WeightExpr, store: TensorStore) -> Iterator[Array]:
     step = max(1, BAND // max(1, 4 * prod(raw.shape[1:])))
     for start in range(0, raw.shape[0], step):
         rows = decode(raw[start : start + step], expr.dtype)
-        yield np.ascontiguousarray(rows, np.float32 if expr.dtype.is_float else np.int32)
+        yield np.ascontiguousarray(rows, np.float32 if expr.dtype.is_float else expr.dtype.storage)
