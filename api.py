@@ -201,7 +201,7 @@ def compile(
     *,
     output: str | os.PathLike[str],
     target: str = "cpu",
-    numerics: str = "exact",
+    numerics: str = "",
     format: str = "",
     passes: Passes = None,
     plugins: Plugins = (),
@@ -214,10 +214,10 @@ def compile(
 
     Args:
         target: `name` or `name:arch`, see `dsv4c targets`.
-        numerics: "exact" is stored weights dequantised and FP32 arithmetic; "reference" rounds where the
-            published code rounds (format "tvm" only). Its artifacts carry no golden vectors: a rounding that
-            falls the other way at a tie changes every later token. "fast" is what a device does best (INT8 on
-            Ascend and MLU).
+        numerics: "" is the target's first. "exact" is stored weights dequantised and FP32 arithmetic.
+            "reference" rounds where the published code rounds (format "tvm" only); its artifacts carry no
+            golden vectors, as a rounding that falls the other way at a tie changes every later token. "fast"
+            is what a device does best (INT8 on Ascend and MLU).
         format: "tvm" or "onnx", see `dsv4c targets`; "" is the target's first.
         passes, plugins, verify_passes: see `lower`.
         golden: put a prompt with the evaluator's results into the artifact, for `verify`.
@@ -228,6 +228,7 @@ def compile(
     """
     chosen, arch = parse_target(target)
     form = chosen.format(format)
+    numerics = numerics or next(iter(chosen.numerics))
     if numerics not in chosen.numerics:
         raise UsageError(f"numerics {numerics!r}", where="compile", allowed=", ".join(chosen.numerics))
     first = chosen.numerics[numerics]

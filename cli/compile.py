@@ -26,12 +26,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", required=True, metavar="FILE", help="artifact to write, e.g. m.dsv4"
     )
-    parser.add_argument("--format", default="", metavar="F", help="tvm or onnx; the target's first by default")
+    parser.add_argument("--format", default="", metavar="F", help="tvm or onnx (default: the target's first)")
     parser.add_argument(
         "--numerics",
-        default="exact",
+        default="",
         metavar="N",
-        help="exact (default): FP32 arithmetic; reference: the published rounding points",
+        help="exact: FP32 arithmetic; reference: the published rounding points; fast: what the device does "
+        "best. The target's first by default: dsv4c targets",
     )
     parser.add_argument(
         "--passes", metavar="P,...",

@@ -7,16 +7,19 @@ from .bench import BENCH
 from .calibrate import CALIBRATE
 from .compare import COMPARE
 from .compile import COMPILE
+from .estimate import ESTIMATE
 from .inspect import INSPECT
 from .listing import PASSES, TARGETS
 from .opt import OPT
 from .report import REPORT
 from .run import RUN
+from .unpack import UNPACK
 from .verify import VERIFY
 
 COMMANDS: dict[str, Command] = {
     command.name: command
     for command in (
-        COMPILE, RUN, INSPECT, VERIFY, REPORT, BENCH, CALIBRATE, COMPARE, OPT, TARGETS, PASSES,
+        COMPILE, RUN, INSPECT, VERIFY, UNPACK, REPORT, BENCH, CALIBRATE, COMPARE,
+        ESTIMATE, OPT, TARGETS, PASSES,
     )
 }  # fmt: skip

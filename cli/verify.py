@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import Any
 
+from dsv4c.errors import UsageError
 from dsv4c.runtime import Artifact
 from dsv4c.runtime.verify import Check, verify
 
@@ -16,16 +18,45 @@ from .show import as_json, table
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="artifact")
     parser.add_argument("--full", action="store_true", help="first check every byte against its checksum")
+    parser.add_argument(
+        "--on", default="cpu", metavar="WHERE",
+        help="cpu (default): this machine's processor, which also runs the models made for devices; device: "
+        "the device they were made for, from converted programs",
+    )  # fmt: skip
+    parser.add_argument("--programs", metavar="DIR", help="with --on device: the converted programs")
     threads_option(parser)
     json_option(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
     artifact = Artifact.open(args.file, check="full" if args.full else "code")
-    checks = verify(artifact, args.threads)
+    checks = verify(artifact, args.threads, _opener(args, artifact))
     first = next((check for check in checks if not check.ok), None)
     print(as_json(_facts(checks, first)) if args.json else _text(checks, first))
     return 1 if first else 0
+
+
+def _opener(args: argparse.Namespace, artifact: Artifact) -> Any:
+    """Who runs the programs; None is this machine."""
+    if args.on not in ("cpu", "device"):
+        raise UsageError(f"--on {args.on}", where="dsv4c verify", allowed="cpu, device")
+    if args.on == "cpu":
+        if args.programs:
+            raise UsageError("--programs without --on device", where="dsv4c verify")
+        return None
+    if artifact.meta["target"] != "ascend":
+        raise UsageError(
+            f"--on device for {artifact.meta['target']}", where="dsv4c verify", allowed="target ascend",
+            hint="verify --on cpu runs the same models here",
+        )  # fmt: skip
+    if not args.programs:
+        raise UsageError(
+            "--on device without --programs", where="dsv4c verify",
+            hint="dsv4c unpack, run build.sh there, and name the folder om/",
+        )  # fmt: skip
+    from dsv4c.runtime.acl_programs import acl_opener
+
+    return acl_opener(Path(args.programs))
 
 
 def _facts(checks: list[Check], first: Check | None) -> dict[str, Any]:
@@ -70,7 +101,11 @@ VERIFY = Command(
     about="Run the golden prompt of an artifact and compare every layer's state and the logits with the\n"
     "results of the slow evaluator that were compiled in. Exit code 1 when they differ; an artifact that is\n"
     "damaged so that it cannot be opened is an error, exit code 2.",
-    examples=("dsv4c verify m.dsv4", "dsv4c verify m.dsv4 --full --json"),
+    examples=(
+        "dsv4c verify m.dsv4",
+        "dsv4c verify m.dsv4 --full --json",
+        "dsv4c verify m.dsv4 --on device --programs device/om",
+    ),
     arguments=_arguments,
     run=_run,
 )

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dsv4c.errors import PassError, unknown
+from dsv4c.errors import PassError
 from dsv4c.ir import weights as w
 from dsv4c.ir.dtypes import DType
-from dsv4c.ir.formats import SCHEMES
 from dsv4c.ir.graph import Module, Op
 from dsv4c.ir.layouts import unpacked
 from dsv4c.ir.levels import Level
@@ -18,7 +17,7 @@ from dsv4c.ir.weights import WeightExpr
 
 from .base import Pass
 
-_STORAGE = ("auto", "f32", "packed")
+_STORAGE = ("auto", "f32", "packed", "int8")
 
 _MATRIX_READERS = frozenset({"linear", "grouped_linear", "expert_mlp", "expert_statistics", "embed"})
 
@@ -40,9 +39,9 @@ class NarrowWeights(Pass):
     power of two) and that nothing but matrix products and embeddings reads are stored as BF16 under
     `storage="auto"`; everything else, and everything under `storage="f32"`, as F32. `storage="packed"` is
     "auto" but for weights that have a packed form and that only `PACKED_READERS` read: they stay codes and
-    scales, an f32 expression whose `packed_form` tells how it is stored. `packed` names a scheme that stays
-    so under any storage, for targets that compute from no other. Values do not change: emission checks each
-    cast.
+    scales, an f32 expression whose `packed_form` tells how it is stored. `storage="int8"` is "f32" but for
+    weights in the scheme int8, for targets that compute from no other codes. Values do not change: emission
+    checks each cast.
     """
 
     name: ClassVar[str] = "narrow_weights"
@@ -50,23 +49,20 @@ class NarrowWeights(Pass):
     takes: ClassVar[frozenset[Level]] = frozenset({Level.FUSED})
     gives: ClassVar[Level | None] = Level.FUSED
     storage: str = "auto"
-    packed: str = ""
 
     def run(self, module: Module) -> int:
         if self.storage not in _STORAGE:
             allowed = ", ".join(_STORAGE)
             raise PassError(f"option storage = {self.storage!r}", where=self.name, allowed=allowed)
-        if self.packed and self.packed not in SCHEMES:
-            raise unknown("scheme", self.packed, SCHEMES, PassError, self.name)
         changed = 0
         for op in module.weights():
             assert op.weight is not None
             if not op.weight.dtype.is_float or _is_table(op):
                 continue
-            if stays_packed(op) and (self.storage == "packed" or _scheme(op) == self.packed):
+            if stays_packed(op) and self.storage in ("packed", _scheme(op)):
                 continue
             matrix = all(reads_matrix(user, index) for user, index in op.result.uses)
-            narrow = self.storage != "f32" and matrix and is_bf16(op.weight)
+            narrow = self.storage not in ("f32", "int8") and matrix and is_bf16(op.weight)
             wanted = store_as(op.weight, DType.BF16 if narrow else DType.F32)
             changed += not wanted.same(op.weight)
             op.weight = wanted

@@ -1,6 +1,7 @@
 """Passes from outside: files named on the command line, and entry points of installed packages.
 
-Owns what makes a stranger's class acceptable and the errors where it is not. Knows no particular pass.
+Owns how such files and entries are imported, whatever they bring, what makes a stranger's class acceptable, and
+the errors where it is not. Knows no particular pass.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from dsv4c.errors import Dsv4cError, PassError
 
@@ -23,66 +27,110 @@ GROUP = "dsv4c.passes"
 """The entry point group; an entry is a `Pass` class or a module that defines some."""
 
 
-def known_passes(plugins: Sequence[str | os.PathLike[str]] = ()) -> dict[str, type[Pass]]:
+def known_passes(
+    plugins: Sequence[str | os.PathLike[str]] = (), required: bool = True
+) -> dict[str, type[Pass]]:
     """The passes of the project, of installed packages, and of the given files, by name.
+
+    Args:
+        required: whether a file without a pass is an error; not where it may bring something else.
 
     Raises:
         PassError: a file or entry cannot be imported, holds no pass, holds one that is not a frozen
             dataclass with `name` and `doc`, or uses a name that is taken.
     """
     found = dict(PASSES)
-    for entry in importlib.metadata.entry_points(group=GROUP):
-        origin = f"entry point {entry.name} = {entry.value}"
-        try:
-            loaded = entry.load()
-        except Exception as error:
-            raise _failed(origin, error) from error
-        _add(found, [loaded] if isinstance(loaded, type) else _defined_in(loaded, origin), origin)
+    for origin, loaded in entries(GROUP, PassError):
+        _add(found, [loaded] if isinstance(loaded, type) else _required(loaded, origin), origin)
     for path in plugins:
-        _add(found, _defined_in(_load(Path(path)), str(path)), str(path))
+        module = load_plugin(path, PassError)
+        _add(found, _required(module, str(path)) if required else passes_in(module), str(path))
     return found
 
 
-def _load(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise PassError("no such file", where=str(path), allowed="a Python file that defines passes")
+def entries(group: str, error: type[Dsv4cError]) -> Iterator[tuple[str, Any]]:
+    """What installed packages offer in an entry point group, each with its origin in words.
+
+    Raises:
+        error: an entry cannot be imported.
+    """
+    for entry in importlib.metadata.entry_points(group=group):
+        origin = f"entry point {entry.name} = {entry.value}"
+        try:
+            loaded = entry.load()
+        except Exception as raised:
+            raise _failed(origin, raised, error) from raised
+        yield origin, loaded
+
+
+def load_plugin(path: str | os.PathLike[str], error: type[Dsv4cError]) -> ModuleType:
+    """The module in a file; imported once as long as the file stays the same, so that its values do too.
+
+    Raises:
+        error: there is no such file, or it raises.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise error("no such file", where=str(path), allowed="a Python file that defines passes or targets")
+    facts = file.stat()
+    try:
+        return _executed(file.resolve(), facts.st_mtime_ns, facts.st_size)
+    except Dsv4cError:
+        raise
+    except ImportError as raised:
+        if isinstance(raised, _NoPython):
+            raise error("is no Python file", where=str(path), allowed="*.py") from None
+        raise _failed(str(path), raised, error) from raised
+    except KeyboardInterrupt:
+        raise
+    except BaseException as raised:  # a plugin that calls sys.exit must not end the compiler
+        raise _failed(str(path), raised, error) from raised
+
+
+class _NoPython(ImportError):
+    """A file whose name no importer knows."""
+
+
+@cache
+def _executed(path: Path, changed: int, size: int) -> ModuleType:
+    """The module of a file; `changed` and `size` tell one state of it from the next."""
     name = "dsv4c_plugin_" + re.sub(r"\W", "_", path.stem)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise PassError("is no Python file", where=str(path), allowed="*.py")
+        raise _NoPython(str(path))
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look annotations up that are text
     try:
         spec.loader.exec_module(module)
-    except Dsv4cError:
+    except BaseException:
+        del sys.modules[name]
         raise
-    except BaseException as error:  # a plugin that calls sys.exit must not end the compiler
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        raise _failed(str(path), error) from error
     return module
 
 
-def _failed(origin: str, error: BaseException) -> PassError:
+def _failed(origin: str, raised: BaseException, error: type[Dsv4cError]) -> Dsv4cError:
     line = ""
-    trace = error.__traceback__
+    trace = raised.__traceback__
     while trace is not None:
         line, trace = (
             f"line {trace.tb_lineno} of {Path(trace.tb_frame.f_code.co_filename).name}",
             trace.tb_next,
         )
-    return PassError(
-        f"cannot be imported: {type(error).__name__}: {error}", where=origin, hint=f"raised at {line}"
+    return error(
+        f"cannot be imported: {type(raised).__name__}: {raised}", where=origin, hint=f"raised at {line}"
     )
 
 
-def _defined_in(module: ModuleType, origin: str) -> list[type[Pass]]:
+def passes_in(module: ModuleType) -> list[type[Pass]]:
     """The passes that `module` defines itself, not those that it imports."""
     classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
-    found = [c for c in classes if issubclass(c, Pass) and hasattr(c, "name")]
+    return [c for c in classes if issubclass(c, Pass) and hasattr(c, "name")]
+
+
+def _required(module: ModuleType, origin: str) -> list[type[Pass]]:
+    found = passes_in(module)
     if not found:
-        raise PassError(
-            "defines no pass", where=origin, allowed="subclasses of dsv4c.passes.Pass"
-        )
+        raise PassError("defines no pass", where=origin, allowed="subclasses of dsv4c.passes.Pass")
     return found
 
 

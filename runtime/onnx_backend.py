@@ -153,7 +153,7 @@ def open_session(
         "session.model_external_initializers_file_folder_path": str(path.parent),
     }.items():
         options.add_session_config_entry(key, value)
-    model = placed_model(artifact, path.name, section) + _more_outputs(probes)
+    model = placed_model(artifact, path.name, section).replace(_STANDARD, _FUNCTIONS) + _more_outputs(probes)
     static = section != "onnx"  # sizes are folded already; what is left are weights, which must not be copied
     disabled = ["ConstantFolding"] if static else []
     try:
@@ -186,7 +186,7 @@ def _field(number: int, payload: bytes) -> bytes:
 
 
 def placed_model(artifact: Artifact, file_name: str, section: str = "onnx") -> bytes:
-    """The ONNX model with the artifact's present file name and the offsets of its tensors filled in.
+    """An ONNX model with a name of the artifact's file and the offsets of its tensors filled in.
 
     Raises:
         ArtifactError: the file's name is too long.
@@ -201,8 +201,7 @@ def placed_model(artifact: Artifact, file_name: str, section: str = "onnx") -> b
     def offset(mark: re.Match[bytes]) -> bytes:
         return str(artifact.tensors[names[int(mark[1])]].offset).rjust(20, "0").encode()
 
-    model = artifact.section(section).replace(_STANDARD, _FUNCTIONS)
-    return _OFFSET_MARK.sub(offset, model).replace(mark, location)
+    return _OFFSET_MARK.sub(offset, artifact.section(section)).replace(mark, location)
 
 
 def _onnxruntime() -> Any:

@@ -74,19 +74,20 @@ class Session:
         if context is not None and not 1 <= context <= longest:
             raise UsageError(f"context = {context}", where="Session", allowed=f"1 to {longest}")
         fixed = self.artifact.meta.get("onnx", {}).get("static")
-        if fixed and (batch, context or fixed["context"]) != (fixed["batch"], fixed["context"]):
+        if fixed and (batch != fixed["batch"] or (context or 1) > fixed["context"]):
             raise UsageError(
                 f"batch = {batch}, context = {context}", where="Session",
-                allowed=f"{fixed['batch']} and {fixed['context']}, as compiled",
+                allowed=f"a batch of {fixed['batch']}, a context of {fixed['context']} at most, as compiled",
                 hint="compile with bind_shapes{batch=..., context=...} for others",
             )  # fmt: skip
         standard = fixed["context"] if fixed else min(longest, DEFAULT_CONTEXT)
         self.batch, self.context = batch, context or standard
+        self._room = fixed["context"] if fixed else self.context
         self.backend = backend or load_backend(self.artifact, threads, tables)
         self.state = self._fresh()
 
     def _fresh(self) -> dict[str, npt.NDArray[Any]]:
-        sizes = {"B": self.batch, "ctx": self.context}
+        sizes = {"B": self.batch, "ctx": self._room}
         return {
             name: buffers.zeros(tuple(dimension(d, sizes) for d in s["shape"]), np.dtype(s["dtype"]))
             for name, s in self.artifact.meta["step"]["states"].items()

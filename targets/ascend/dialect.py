@@ -78,8 +78,8 @@ INT8_MATMUL = VendorNode(
 )  # fmt: skip
 """x1 INT8 [M,K], x2 INT8 [N,K], scale FLOAT [N], pertoken FLOAT [M] -> BFLOAT16 [M,N]; no offset, no bias.
 
-CANN knows it in the standard domain up to opset 16, though ONNX has no such node. So the domain is written out,
-and to run the body elsewhere our runtime renames it, letter for letter, when it reads the file."""
+CANN knows it in the standard domain up to opset 16, though ONNX has no such node. So the domain is written
+out, and to run the body elsewhere our runtime renames it, letter for letter, when it reads the file."""
 
 
 VENDOR = {

@@ -6,9 +6,10 @@ from dsv4c.ir.graph import Module
 from dsv4c.ir.weights import TensorStore
 from dsv4c.runtime.container import ArtifactWriter
 from dsv4c.targets.base import Arch, Progress
-from dsv4c.targets.onnx.emit_static import emit_static
+from dsv4c.targets.onnx.emit_static import Shapes, emit_static
 
 from .dialect import ascend_dialect
+from .scripts import build_script
 
 
 def emit_ascend(
@@ -16,3 +17,5 @@ def emit_ascend(
 ) -> None:
     """Write the module for one product; see `emit_static`."""
     emit_static(module, store, writer, ascend_dialect(), progress)
+    script = build_script(arch, Shapes.of(module).tokens)
+    writer.add_section("file:build.sh", script.encode())

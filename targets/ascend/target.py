@@ -29,6 +29,6 @@ ASCEND = Target(
     ops=OPS,
     formats=(Format("onnx", PIPELINE, {"onnx": "onnx"}, _load, INT8, shows_blocks=True),),
     default_arch=lambda: "910c",
-    numerics={"exact": "", "fast": W8A8},
+    numerics={"fast": W8A8, "exact": ""},
     dialect=ascend_dialect,
 )

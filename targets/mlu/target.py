@@ -27,6 +27,6 @@ MLU = Target(
     ops=OPS,
     formats=(Format("onnx", PIPELINE, {"onnx": "onnx"}, _load, INT8, shows_blocks=True),),
     default_arch=lambda: "590",
-    numerics={"exact": "", "fast": W8A8},
+    numerics={"fast": W8A8, "exact": ""},
     dialect=mlu_dialect,
 )

@@ -70,7 +70,8 @@ def emit_static(
     """Write the weights and, per bucket, the section "onnx.<tokens>".
 
     meta["onnx"] = {"location", "tensors", "states"} as `emit_onnx` writes them, and "static": {"batch",
-    "context", "buckets": [{"tokens", "section", "probes": {layer: tensor}}], "dialect", "opset"}.
+    "context", "buckets": [{"tokens", "section", "probes": {layer: tensor}, "border": {"inputs": [names],
+    "outputs": [[name, NumPy dtype, shape]]}}], "dialect", "opset"}.
 
     Raises:
         TargetError: an op has no lowering, or a node, type or rank is outside the dialect; names the layer.
@@ -86,7 +87,8 @@ def emit_static(
         model = _model(g, bound, stored)
         section = f"onnx.{count}"
         writer.add_section(section, model)
-        buckets.append({"tokens": count, "section": section, "probes": g.probes})
+        facts = {"tokens": count, "section": section, "probes": g.probes, "border": g.border()}
+        buckets.append(facts)
     static = {
         "batch": shapes.batch, "context": shapes.context, "buckets": buckets,
         "dialect": dialect.name, "opset": dialect.opset,
@@ -139,14 +141,14 @@ def _model(g: StaticContext, module: Module, stored: list[tuple[Stored, ...]]) -
     weights = [op for op in module.weights() if op.result.uses]
     for op, places in zip(weights, stored, strict=True):
         g.holds(op.result, *places)
-    inputs = [_argument(g, name, value) for name, value in module.arguments().items() if value.uses]
+    g.inputs = [_argument(g, name, value) for name, value in module.arguments().items() if value.uses]
     streams = {value: layer for layer, value in stream_values(module).items()} if _is_model(module) else {}
     for op in module.ops:
         if op.weight is None:
             _lower(g, op, streams)
     g.where = "outputs"
-    outputs = [_output(g, name, value, module) for name, value in module.outputs.items()]
-    data: bytes = g.model(inputs, outputs).SerializeToString()
+    g.outputs = [_output(g, name, value, module) for name, value in module.outputs.items()]
+    data: bytes = g.model(g.inputs, g.outputs).SerializeToString()
     return data
 
 

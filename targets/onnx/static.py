@@ -48,6 +48,7 @@ class StaticContext(Context):
     """A graph under construction in one dialect.
 
     Attributes:
+        inputs, outputs: the border of the model, in order.
         probes: layer -> the tensor of its residual streams, for checks.
         quantised: numbers that came from INT8 codes -> those.
     """
@@ -56,6 +57,8 @@ class StaticContext(Context):
         super().__init__()
         self.dialect = dialect
         self.index = INTEGERS[dialect.index]
+        self.inputs: list[ValueInfoProto] = []
+        self.outputs: list[ValueInfoProto] = []
         self.probes: dict[str, V] = {}
         self.quantised: dict[V, Quantised] = {}
         self._opsets = [helper.make_opsetid("", dialect.opset)]
@@ -357,6 +360,15 @@ class StaticContext(Context):
                 kept.append(node)
                 wanted.update(node.input)
         return kept[::-1]
+
+    def border(self) -> dict[str, Any]:
+        """Names of the inputs; name, NumPy dtype and sizes of the outputs."""
+        outputs = []
+        for info in self.outputs:
+            type_ = info.type.tensor_type
+            dtype = np.dtype(helper.tensor_dtype_to_np_dtype(type_.elem_type)).name
+            outputs.append([info.name, dtype, [d.dim_value for d in type_.shape.dim]])
+        return {"inputs": [info.name for info in self.inputs], "outputs": outputs}
 
     def info(self, name: str, x: V) -> ValueInfoProto:
         """The declaration of a border tensor with the type of `x`."""

@@ -1,0 +1,62 @@
+"""The half of `dsv4c estimate` that needs the front end: a module from a checkpoint or from a config alone.
+
+No weight is read: an estimate asks only for their shapes and formats.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dsv4c.errors import ConfigError, UsageError
+from dsv4c.frontend.checkpoint import open_checkpoint
+from dsv4c.frontend.config import ModelConfig, load_config, parse_config
+from dsv4c.frontend.model import build_model
+from dsv4c.frontend.safetensors import parse_json
+from dsv4c.frontend.table import SCALED, Role, TensorSpec, expected_tensors, published_dtype, scale_name
+from dsv4c.ir.dtypes import DType
+from dsv4c.ir.graph import Module
+from dsv4c.ir.weights import WeightExpr, cast, decode_fp4, decode_fp8, source
+
+
+def module_of(path: Path) -> tuple[Module, str]:
+    """The MODEL-level module of a checkpoint directory, or of a config.json in the released formats.
+
+    Returns:
+        the module, and "checkpoint" or "config": which of the two its formats are from.
+
+    Raises:
+        UsageError: there is no such path, or it is no text of JSON.
+        ConfigError, CheckpointError: it is not that of a supported model.
+    """
+    if not path.exists():
+        raise UsageError(
+            "no such file or directory", where=str(path), allowed="a checkpoint directory or a config.json"
+        )
+    if path.is_dir() and (any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json"))):
+        checkpoint = open_checkpoint(path, scan=False)
+        return build_model(checkpoint.config, checkpoint.weight), "checkpoint"
+    config = load_config(path) if path.is_dir() else _config_file(path)
+    specs = expected_tensors(config)
+    return build_model(config, lambda name: released(name, specs[name], config)), "config"
+
+
+def _config_file(path: Path) -> ModelConfig:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UsageError(
+            "is neither a checkpoint directory nor a config.json", where=str(path),
+            hint="dsv4c inspect says what an artifact is; estimate its checkpoint",
+        ) from None  # fmt: skip
+    return parse_config(parse_json(text, str(path), ConfigError), str(path))
+
+
+def released(name: str, spec: TensorSpec, config: ModelConfig) -> WeightExpr:
+    """The expression of a tensor as a released checkpoint of this configuration would store it."""
+    dtype = published_dtype(name, spec, config)
+    codes = source(name, dtype, spec.stored_shape(dtype))
+    if dtype in SCALED:
+        block = config.weight_block_size
+        scale = source(scale_name(name), DType.F8E8M0, spec.scale_shape(dtype, block))
+        return decode_fp4(codes, scale) if dtype is DType.F4E2M1X2 else decode_fp8(codes, scale, block)
+    return cast(codes, DType.I32) if spec.role is Role.TABLE else codes
