@@ -7,6 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip
 READY  := $(VENV)/.dsv4c-dev
 ORACLE := $(VENV)/.dsv4c-oracle
+ASCEND := build/ascend-env/.dsv4c-ready
 DEMO   := build/kjv.dsv4
 
 .PHONY: setup demo test lint oracle bench clean
@@ -44,7 +45,11 @@ lint: $(READY)
 test: lint
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-oracle: $(ORACLE)
+$(ASCEND): $(READY) targets/ascend/kernels/requirements.txt
+	$(BIN)/python -m dsv4c.targets.ascend.kernels.toolchain install $(dir $(ASCEND))
+	@touch $@
+
+oracle: $(ORACLE) $(ASCEND)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py

@@ -19,16 +19,22 @@ from .weight_classes import weight_class
 
 @dataclass(frozen=True)
 class Rule:
-    """How inputs are rounded (`round_values`), and in front of weights of which scheme."""
+    """How inputs are rounded (`round_values`), and in front of weights of which scheme.
+
+    Attributes:
+        around: the rule that inputs are rounded by before that, and results after; "" for neither.
+    """
 
     rounding: str
     block: int
     weights: str
+    around: str = ""
 
 
-RULES = {"int8_token": Rule("int8", 0, "int8")}
+RULES = {"int8_token": Rule("int8", 0, "int8"), "int8_token_bf16": Rule("int8", 0, "int8", "bf16")}
 """Rule by name. With `int8_token` one scale covers a token's whole input row and one a whole weight row, so a
-product is the int32 dot product of the codes times two scales."""
+product is the int32 dot product of the codes times two scales. `int8_token_bf16` is the same for devices that
+quantise from BF16 and whose product of codes gives BF16."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +65,41 @@ class QuantiseActivations(Pass):
                 x = op.operands[0]
                 if not _is_rounded(x, rule):
                     if x not in rounded:
-                        scratch = Builder(Module(module.name))
-                        scratch.loc = op.loc
-                        rounded[x] = scratch.op("round_values", x, rule=rule.rounding, block=rule.block)
-                        ops += scratch.module.ops
+                        made = _rounded(x, rule, op.loc)
+                        rounded[x] = made[-1].result
+                        ops += made
                     op.set_operand(0, rounded[x])
+                    ops.append(op)
+                    ops += _results_rounded(op, rule, module)
                     linears += 1
+                    continue
             ops.append(op)
         module.ops = ops
         module.notes[self.name] = {"linears": linears, "roundings": len(rounded)}
         return linears
+
+
+def _rounded(x: Value, rule: Rule, loc: str) -> list[Op]:
+    """The ops that round an input, the last one as the rule says."""
+    scratch = Builder(Module("scratch"))
+    scratch.loc = loc
+    before = scratch.op("round_values", x, rule=rule.around) if rule.around else x
+    scratch.op("round_values", before, rule=rule.rounding, block=rule.block)
+    return scratch.module.ops
+
+
+def _results_rounded(op: Op, rule: Rule, module: Module) -> list[Op]:
+    """What rounds the result of a linear, now read in its place."""
+    if not rule.around:
+        return []
+    readers, outputs = list(op.result.uses), [n for n, v in module.outputs.items() if v is op.result]
+    scratch = Builder(Module("scratch"))
+    scratch.loc = op.loc
+    after = scratch.op("round_values", op.result, rule=rule.around)
+    for reader, index in readers:
+        reader.set_operand(index, after)
+    module.outputs.update(dict.fromkeys(outputs, after))
+    return scratch.module.ops
 
 
 def _qualifies(op: Op, rule: Rule) -> bool:

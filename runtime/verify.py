@@ -108,7 +108,7 @@ def _check(artifact: Artifact, name: str, found: Arr) -> Check:
     return Check(what, difference(part, expected), float(artifact.meta["golden"]["tolerance"]))
 
 
-def difference(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+def difference(found: Arr, expected: Arr) -> float:
     """Largest absolute difference over the expected range; inf where the result is not finite."""
     if not np.isfinite(found).all():
         return float("inf")

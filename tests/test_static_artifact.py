@@ -55,9 +55,9 @@ def test_exact_logits_however_the_prompt_is_cut(models: Models, folder: Path, ta
     whole = feed(session, ids, [len(ids)])
     within(whole, want, TOLERANCE)
     assert (whole.argmax(1) == want.argmax(1)).all()
-    for sizes in ([1] * len(ids), [24, 5, 1, 30, 1]):
+    for sizes in ([1] * len(ids), [24, 5, 1, 3]):
         session.reset()
-        cut = [*sizes, len(ids) - sum(sizes)] if sum(sizes) < len(ids) else sizes
+        cut = sizes if sum(sizes) == len(ids) else [*sizes, len(ids) - sum(sizes)]
         within(feed(session, ids, cut), whole, BETWEEN_CHUNKINGS)
 
 
@@ -175,15 +175,15 @@ def test_vendor_nodes_are_used_where_there_are_some(models: Models, folder: Path
 
 
 def test_a_wrong_weight_is_found_at_its_layer(models: Models, folder: Path, tmp_path: Path) -> None:
-    """Scales of one layer times 1.5, as a wrong factor would be: the first check that fails names the layer."""
+    """Scales of one matrix times 1.5: the first check that fails names the layer."""
     artifact = Artifact.open(built(models, folder, "v4", "ascend:910c", "fast"))
-    (name,) = [n for n in artifact.tensors if n == "layers.2.attn.wkv.weight.scales"]
+    (name,) = [n for n in artifact.tensors if n == "layers.2.attn.wo_b.weight.scales"]
     place, data = artifact.tensors[name], bytearray(artifact.path.read_bytes())
     at = slice(place.offset, place.offset + place.nbytes)
     data[at] = (np.frombuffer(bytes(data[at]), np.float32) * np.float32(1.5)).tobytes()
     (tmp_path / "bad.dsv4").write_bytes(data)
     first = next(c for c in verify(Artifact.open(tmp_path / "bad.dsv4"), threads=1) if not c.ok)
-    assert first.name.startswith("state layers.2.") or first.name == "block layers.2"
+    assert first.name == "block layers.2"  # it leaves no state in its own layer
 
 
 # ------------------------------------------------------------------------------------ on the device
@@ -249,7 +249,7 @@ def test_sessions_keep_to_what_was_compiled(models: Models, folder: Path) -> Non
         ('with(bind_shapes{tokens="600", context=512})', PassError, "a program of 600 tokens"),
         ("without(bind_shapes)", TargetError, "shapes are not bound"),
         ('with(narrow_weights{storage="packed"})', None, ""),
-        ("without(fuse_expert_gemms)", PassError, ""),
+        ("without(fuse_expert_gemms)", TargetError, "layers.0.ffn: dispatch is not legal here"),
     ],
 )
 def test_bad_pipelines(

@@ -61,7 +61,7 @@ DYNAMIC_QUANT = VendorNode(
   last = Constant <value_ints = [-1]> ()
   scale = Squeeze(column, last)""",
 )  # fmt: skip
-"""x FLOAT16 [N,K] -> INT8 codes [N,K] and FLOAT scales [N], the largest magnitude of a row by 127."""
+"""x BFLOAT16 [N,K] -> INT8 codes [N,K] and FLOAT scales [N], the largest magnitude of a row by 127."""
 
 INT8_MATMUL = VendorNode(
     "ai.onnx", "QuantBatchMatMul", ("x1", "x2", "scale", "offset", "bias", "pertoken"), ("y",),

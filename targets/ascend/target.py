@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv4c.targets.base import Arch, Emitter, Format, Target
-from dsv4c.targets.onnx.ops import INT8, OPS, PIPELINE, W8A8
+from dsv4c.targets.onnx.ops import INT8, INT8_WEIGHTS, OPS, PIPELINE
 
 from .dialect import ascend_dialect
 
@@ -29,6 +29,6 @@ ASCEND = Target(
     ops=OPS,
     formats=(Format("onnx", PIPELINE, {"onnx": "onnx"}, _load, INT8, shows_blocks=True),),
     default_arch=lambda: "910c",
-    numerics={"fast": W8A8, "exact": ""},
+    numerics={"fast": INT8_WEIGHTS + ',quantise_activations{rule="int8_token_bf16"}', "exact": ""},
     dialect=ascend_dialect,
 )

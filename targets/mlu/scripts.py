@@ -1,4 +1,4 @@
-"""What a user runs where Cambricon's SDK is installed: BANG C sources for a model, and how to compile them."""
+"""What a user runs where Cambricon's SDK is installed: BANG C sources for a model, and their compilation."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def build_script(arch: Arch, commands: list[str]) -> str:
     """`build.sh`: the `cncc` command of every kernel."""
     lines = "\n".join(commands) or 'echo "no kernel of this model fits the on-chip memory"'
     return f"""#!/bin/sh
-# Compiles the BANG C kernels for {arch.attributes["product"]} where Cambricon's SDK is installed. The ONNX models
-# beside it need none of them; a host program that calls them links the objects with -lcnrt -lcndrv.
+# Compiles the BANG C kernels for {arch.attributes["product"]} where Cambricon's SDK is installed. The ONNX
+# models beside it need none of them; a host program that calls them links with -lcnrt -lcndrv.
 set -eu
 cd "$(dirname "$0")/bang"
 : "${{NEUWARE_HOME:?is not set: install the SDK and point it there}}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv4c.targets.base import Arch, Emitter, Format, Target
-from dsv4c.targets.onnx.ops import INT8, OPS, PIPELINE, W8A8
+from dsv4c.targets.onnx.ops import INT8, INT8_WEIGHTS, OPS, PIPELINE
 
 from .dialect import mlu_dialect
 
@@ -27,6 +27,6 @@ MLU = Target(
     ops=OPS,
     formats=(Format("onnx", PIPELINE, {"onnx": "onnx"}, _load, INT8, shows_blocks=True),),
     default_arch=lambda: "590",
-    numerics={"fast": W8A8, "exact": ""},
+    numerics={"fast": INT8_WEIGHTS + ',quantise_activations{rule="int8_token"}', "exact": ""},
     dialect=mlu_dialect,
 )

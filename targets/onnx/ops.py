@@ -23,8 +23,7 @@ PIPELINE = (
 )
 """For consumers of fixed shapes: numbers, but for what a pass has made INT8."""
 
-W8A8 = (
-    'requantise{experts="int8", shared="int8", linears="int8", compressor="int8", embedding="", head="int8"},'
-    "quantise_activations"
+INT8_WEIGHTS = (
+    'requantise{experts="int8", shared="int8", linears="int8", compressor="int8", embedding="", head="int8"}'
 )
-"""In front of it: INT8 matrices with a scale per row, and INT8 inputs of linears with a scale per token."""
+"""In front of it, for INT8 numerics: matrices with a scale per row."""

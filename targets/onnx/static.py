@@ -51,6 +51,7 @@ class StaticContext(Context):
         inputs, outputs: the border of the model, in order.
         probes: layer -> the tensor of its residual streams, for checks.
         quantised: numbers that came from INT8 codes -> those.
+        halves: FLOAT numbers that came from BFLOAT16 -> those.
     """
 
     def __init__(self, dialect: Dialect) -> None:
@@ -61,6 +62,7 @@ class StaticContext(Context):
         self.outputs: list[ValueInfoProto] = []
         self.probes: dict[str, V] = {}
         self.quantised: dict[V, Quantised] = {}
+        self.halves: dict[V, V] = {}
         self._opsets = [helper.make_opsetid("", dialect.opset)]
         self._types: dict[str, Any] = {}
         self._known: dict[str, Arr] = {}

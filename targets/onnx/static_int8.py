@@ -33,15 +33,18 @@ class Quantised:
 
 
 def round_values(g: Context, op: Op) -> V:
-    """x [...,K] -> the same, rounded to 127 steps of the largest magnitude of each token, ties to even.
+    """x [...,K] -> x rounded: to BF16, or to 127 steps of the largest magnitude of each token, ties to even.
 
     Raises:
         TargetError: another rounding.
     """
     assert isinstance(g, StaticContext)
-    if (op.attrs["rule"], op.attrs["block"], integer(op, "channels")) != ("int8", 0, 0):
+    rule = op.attrs["rule"], op.attrs["block"], integer(op, "channels")
+    if rule == ("bf16", 0, 0):
+        return _to_bf16(g, g.tensor(op, 0))
+    if rule != ("int8", 0, 0):
         what = f"round_values by {op.attrs['rule']}, block {op.attrs['block']}"
-        raise TargetError(f"{g.dialect.name} has no {what}", where=op.loc, allowed="int8 over whole rows")
+        raise TargetError(f"{g.dialect.name} has no {what}", where=op.loc, allowed="int8 over rows, bf16")
     held = quantised(g, g.tensor(op, 0))
     whole = g.op("Reshape", held.codes, list(held.shape))
     result = g.decoded(whole, g.op("Reshape", held.scales, [*held.shape[:-1], 1]))
@@ -49,16 +52,26 @@ def round_values(g: Context, op: Op) -> V:
     return result
 
 
+def _to_bf16(g: StaticContext, x: V) -> V:
+    """x as FLOAT after a stay in BF16; one that has just come from there is left alone."""
+    if x in g.halves:
+        return x
+    half = g.op("Cast", x, to=TensorProto.BFLOAT16)
+    result = g.op("Cast", half, to=TensorProto.FLOAT)
+    g.halves[result] = half
+    return result
+
+
 def quantised(g: StaticContext, x: V) -> Quantised:
     """The codes of x [...,K]; nodes that end up unread are dropped with the model."""
     sizes = g.shape_of(x)
     rows, width = prod(sizes[:-1]), sizes[-1]
-    flat = g.op("Reshape", x, [rows, width])
-    if "dynamic_quant" in g.dialect.vendor:
-        half = g.op("Cast", flat, to=TensorProto.FLOAT16)
+    if "dynamic_quant" in g.dialect.vendor and x in g.halves:
+        flat = g.op("Reshape", g.halves[x], [rows, width])
         types = [(TensorProto.INT8, (rows, width)), (TensorProto.FLOAT, (rows,))]
-        codes, scales = g.vendor("dynamic_quant", [half], types)
+        codes, scales = g.vendor("dynamic_quant", [flat], types)
         return Quantised(codes, scales, sizes)
+    flat = g.op("Reshape", x, [rows, width])
     top = g.op("ReduceMax", g.op("Abs", flat), [-1], keepdims=1)
     scale = g.op("Div", top, LARGEST)
     safe = g.op("Where", g.op("Greater", scale, 0.0), scale, 1.0)
@@ -67,14 +80,18 @@ def quantised(g: StaticContext, x: V) -> Quantised:
 
 
 def linear(g: Context, op: Op) -> V:
-    """x [...,K], w [N,K] -> [...,N]; codes by codes where both are INT8 and the dialect multiplies them."""
+    """x [...,K], w [N,K] -> [...,N]; codes by codes where both are INT8 and the dialect multiplies them.
+
+    Its product is in BF16, so it serves where the graph rounds the result to that.
+    """
     assert isinstance(g, StaticContext)
     held = g.quantised.get(g.tensor(op, 0))
     if not g.is_packed(op, 1):
         return core.linear(g, op)
     codes = g.view(op, 1)
     n = g.shape_of(codes)[0]
-    if held is None or "int8_matmul" not in g.dialect.vendor:
+    rounds = all(user.name == "round_values" and user.attrs["rule"] == "bf16" for user in op.result.users())
+    if held is None or "int8_matmul" not in g.dialect.vendor or not rounds:
         x = g.tensor(op, 0)
         flat = g.op("Reshape", x, [prod(g.shape_of(x)[:-1]), g.shape_of(x)[-1]])
         y = g.op("Gemm", flat, g.op("Cast", codes, to=TensorProto.FLOAT), transB=1)
@@ -84,4 +101,7 @@ def linear(g: Context, op: Op) -> V:
     inputs = [held.codes, codes, g.scales(op, 1, n), None, None, held.scales]
     types = [(TensorProto.BFLOAT16, (rows, n))]
     y = g.vendor("int8_matmul", inputs, types, dtype=BFLOAT16, transpose_x1=0, transpose_x2=1)[0]
-    return g.op("Reshape", g.op("Cast", y, to=TensorProto.FLOAT), [*held.shape[:-1], n])
+    half = g.op("Reshape", y, [*held.shape[:-1], n])
+    result = g.op("Cast", half, to=TensorProto.FLOAT)
+    g.halves[result] = half
+    return result
