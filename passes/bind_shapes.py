@@ -23,6 +23,7 @@ class BindShapes(Pass):
         tokens: tokens per sequence of a program, as "1,128"; 1 is decoding.
         batch: sequences side by side.
         context: positions that states have room for.
+        stages: programs that a step passes through, each with some of the layers, for as many devices.
     """
 
     name: ClassVar[str] = "bind_shapes"
@@ -32,10 +33,11 @@ class BindShapes(Pass):
     tokens: str = "1,128"
     batch: int = 1
     context: int = 4096
+    stages: int = 1
 
     def run(self, module: Module) -> int:
         tokens = self._tokens()
-        for option, value in (("batch", self.batch), ("context", self.context)):
+        for option, value in (("batch", self.batch), ("context", self.context), ("stages", self.stages)):
             if value < 1:
                 raise PassError(f"option {option} = {value}", where=self.name, allowed="1 or more")
         longest = module.meta.get("max_positions")
@@ -46,7 +48,7 @@ class BindShapes(Pass):
                 allowed=f"at most the context, {context}",
                 hint="give tokens and context that fit: bind_shapes{tokens=..., context=...}",
             )  # fmt: skip
-        shapes = {"batch": self.batch, "context": context, "tokens": tokens}
+        shapes = {"batch": self.batch, "context": context, "tokens": tokens, "stages": self.stages}
         module.meta["static_shapes"], module.notes[self.name] = shapes, shapes
         return len(tokens)
 

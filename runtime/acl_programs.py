@@ -26,15 +26,15 @@ HUGE_FIRST = 0
 """`aclrtMemMallocPolicy`: large pages where there are some."""
 
 
-class Device:
-    """One NPU of this machine, initialised.
+class Devices:
+    """The NPUs of this machine.
 
     Raises:
         ToolchainError: the binding is not installed.
-        SessionError: the device does not answer.
+        SessionError: it does not start.
     """
 
-    def __init__(self, number: int = 0) -> None:
+    def __init__(self) -> None:
         try:
             import acl  # type: ignore[import-not-found, unused-ignore]
         except ImportError as error:
@@ -44,22 +44,30 @@ class Device:
             ) from error
         self.acl = acl
         check(acl.init(), "acl.init")
-        check(acl.rt.set_device(number), f"acl.rt.set_device({number})")
+
+    def use(self, number: int) -> None:
+        """What follows concerns device `number`; raises `SessionError` where it does not answer."""
+        check(self.acl.rt.set_device(number), f"acl.rt.set_device({number})")
 
 
 class AclProgram:
-    """A converted model with buffers for its inputs and outputs.
+    """A converted model on one device, with buffers for its inputs and outputs.
 
     Args:
+        number: of the device.
         inputs, outputs: names in the order of the ONNX model, which conversion keeps.
     """
 
-    def __init__(self, device: Device, path: Path, inputs: Sequence[str], outputs: Sequence[Output]) -> None:
+    def __init__(
+        self, devices: Devices, number: int, path: Path, inputs: Sequence[str], outputs: Sequence[Output]
+    ) -> None:
         if not path.is_file():
             raise SessionError(
                 "the converted program is missing", where=str(path), hint="run build.sh of dsv4c unpack"
             )
-        self._acl, self._inputs, self._outputs = device.acl, list(inputs), list(outputs)
+        self._devices, self._number = devices, number
+        self._acl, self._inputs, self._outputs = devices.acl, list(inputs), list(outputs)
+        devices.use(number)
         self._model = self._call("mdl.load_from_file", str(path))
         desc = self._acl.mdl.create_desc()
         check(self._acl.mdl.get_desc(desc, self._model), "acl.mdl.get_desc")
@@ -78,6 +86,7 @@ class AclProgram:
 
     def run(self, outputs: Sequence[str], feeds: dict[str, Arr]) -> list[Arr]:
         """The named outputs; see `static_backend.Program`."""
+        self._devices.use(self._number)
         for name, (place, size) in zip(self._inputs, self._fed, strict=True):
             array = np.ascontiguousarray(feeds[name])
             if array.nbytes > size:
@@ -116,12 +125,15 @@ def check(code: int, what: str) -> None:
 
 
 def acl_opener(programs: Path) -> Any:
-    """Runs programs from a folder of converted models, `step.<tokens>.om`; see `static_backend.Opener`."""
-    device = Device()
+    """Runs programs from a folder of converted models, `step.<name>.om`, stage by stage on devices 0, 1, ...
 
-    def open_program(bucket: dict[str, Any], probes: Sequence[str]) -> AclProgram:
-        border = bucket["border"]
+    See `static_backend.Opener`.
+    """
+    devices = Devices()
+
+    def open_program(facts: dict[str, Any], probes: Sequence[str]) -> AclProgram:
+        border, path = facts["border"], programs / f"step.{facts['name']}.om"
         outputs = [(n, t, tuple(s)) for n, t, s in border["outputs"]]
-        return AclProgram(device, programs / f"step.{bucket['tokens']}.om", border["inputs"], outputs)
+        return AclProgram(devices, facts["stage"], path, border["inputs"], outputs)
 
     return open_program

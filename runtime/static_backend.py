@@ -21,7 +21,7 @@ Arr = npt.NDArray[Any]
 
 
 class Program(Protocol):
-    """A prepared program of one number of tokens."""
+    """A prepared program: some layers, one number of tokens."""
 
     def run(self, outputs: Sequence[str], feeds: dict[str, Arr]) -> list[Arr]:
         """The named outputs, fresh arrays; feeds that the program lacks are ignored.
@@ -33,7 +33,7 @@ class Program(Protocol):
 
 
 Opener = Callable[[dict[str, Any], Sequence[str]], Program]
-"""(bucket of meta["onnx"]["static"], tensors inside to show as outputs) -> its program."""
+"""(facts of a program in meta["onnx"]["static"], tensors inside to show as outputs) -> the program."""
 
 
 class OnnxProgram:
@@ -78,11 +78,11 @@ class StaticBackend:
         self.probes: dict[str, Arr] = {}
         self._probe = probe
         self._open = opener or (
-            lambda bucket, probes: OnnxProgram(artifact, threads, bucket["section"], probes)
+            lambda facts, probes: OnnxProgram(artifact, threads, f"onnx.{facts['name']}", probes)
         )
         self._states: dict[str, dict[str, Any]] = artifact.meta["onnx"]["states"]
         self._buckets: list[dict[str, Any]] = static["buckets"]
-        self._programs: dict[int, Program] = {}
+        self._programs: dict[str, Program] = {}
 
     def step(self, tokens: Arr, n_valid: Arr, rows: Arr, state: dict[str, Arr]) -> npt.NDArray[np.float32]:
         """One step, as `OnnxBackend.step`; the batch must be the artifact's."""
@@ -113,23 +113,36 @@ class StaticBackend:
         feeds = {"tokens": padded, "n_valid": valid, "rows": np.ascontiguousarray(every)}
         for name, value in state.items():
             feeds[name] = value if value.size else np.zeros((len(value), 1, *value.shape[2:]), value.dtype)
+        found, probes = self._through(bucket["programs"], feeds)
         before = state["pos"].astype(np.int64)
-        program = self._program(bucket)
-        wanted = ["logits", *(s["output"] for s in self._states.values())]
-        probes = bucket["probes"] if self._probe else {}
-        logits, *results = program.run([*wanted, *probes.values()], feeds)
-        for (name, how), result in zip(self._states.items(), results[: len(self._states)], strict=True):
+        for name, how in self._states.items():
+            result = found[how["output"]]
             if "ratio" in how:
                 append_entries(state[name], result, before // how["ratio"], (before + valid) // how["ratio"])
             else:
                 np.copyto(state[name], result)
-        return logits, dict(zip(probes, results[len(self._states) :], strict=True))
+        return found["logits"], probes
 
-    def _program(self, bucket: dict[str, Any]) -> Program:
-        count = int(bucket["tokens"])
-        if count not in self._programs:
-            self._programs[count] = self._open(bucket, list(bucket["probes"].values()) if self._probe else [])
-        return self._programs[count]
+    def _through(
+        self, programs: Sequence[dict[str, Any]], feeds: dict[str, Arr]
+    ) -> tuple[dict[str, Arr], dict[str, Arr]]:
+        """Outputs and probes of the stages, one after the other; states change only when all have run."""
+        found: dict[str, Arr] = {}
+        seen: dict[str, Arr] = {}
+        for facts in programs:
+            names = [name for name, _, _ in facts["border"]["outputs"]]
+            probes = facts["probes"] if self._probe else {}
+            results = self._program(facts).run([*names, *probes.values()], feeds)
+            found.update(zip(names, results, strict=False))
+            seen.update(zip(probes, results[len(names) :], strict=True))
+            feeds["streams.in"] = found.get("streams", feeds["tokens"])
+        return found, seen
+
+    def _program(self, facts: dict[str, Any]) -> Program:
+        name = str(facts["name"])
+        if name not in self._programs:
+            self._programs[name] = self._open(facts, list(facts["probes"].values()) if self._probe else [])
+        return self._programs[name]
 
 
 def _cut(count: int, buckets: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:

@@ -47,9 +47,9 @@ def unpack(artifact: Artifact, directory: Path, link: bool = False) -> list[Path
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".unpack-") as made:
             work = Path(made) / "files"
             work.mkdir()
-            for bucket in static["buckets"]:
-                model = placed_model(artifact, WEIGHTS, bucket["section"])
-                (work / f"step.{bucket['tokens']}.onnx").write_bytes(model)
+            for name in [p["name"] for bucket in static["buckets"] for p in bucket["programs"]]:
+                model = placed_model(artifact, WEIGHTS, f"onnx.{name}")
+                (work / f"step.{name}.onnx").write_bytes(model)
             for name in artifact.sections:
                 if name.startswith(FILES):
                     _write_file(work / name.removeprefix(FILES), artifact.section(name))

@@ -134,13 +134,40 @@ def test_rows_of_a_batch(models: Models, folder: Path) -> None:
         within(np.concatenate(want[b]), feed(alone, np.array(row), [len(row)]), BETWEEN_CHUNKINGS)
 
 
+@pytest.mark.parametrize("stages", [2, 5])
+def test_stages_are_the_model_in_pieces(models: Models, folder: Path, stages: int) -> None:
+    """Bit for bit the same logits; every weight in one stage, but for what all of them compute."""
+    shapes = SHAPES.replace("context=512", f"context=512, stages={stages}")
+    path = built(models, folder, "v4", "ascend", "exact", shapes)
+    whole = Session(built(models, folder, "v4", "ascend", "exact"), threads=1)
+    pieces, ids = Session(path, threads=1), golden("v4")["input_ids"]
+    sizes = [24, 1, 1, len(ids) - 26]
+    assert np.array_equal(feed(pieces, ids, sizes), feed(whole, ids, sizes))
+    assert all(np.array_equal(pieces.state[name], value) for name, value in whole.state.items())
+    held: Counter[str] = Counter()
+    for name, model in models_of(path).items():
+        if name.startswith("onnx.1."):
+            held.update(t.name for t in model.graph.initializer if t.name.startswith("layers."))
+    assert set(held.values()) == {1}
+    checks = verify(Artifact.open(path), threads=1)
+    assert all(c.ok for c in checks) and sum(c.name.startswith("block") for c in checks) == 5
+
+
+def test_more_stages_than_layers(models: Models, tmp_path: Path) -> None:
+    passes = "with(bind_shapes{stages=6})"
+    with pytest.raises(TargetError, match="6 stages; allowed: at most its 5 layers"):
+        dsv4c.compile(models.checkpoint("v4"), output=tmp_path / "m.dsv4", target="mlu", passes=passes)
+    assert not list(tmp_path.iterdir())
+
+
 # ------------------------------------------------------------------------------ what is in the files
 
 
 def models_of(path: Path) -> dict[str, onnx.ModelProto]:
     artifact = Artifact.open(path)
     buckets = artifact.meta["onnx"]["static"]["buckets"]
-    return {b["section"]: onnx.load_from_string(bytes(artifact.section(b["section"]))) for b in buckets}
+    sections = [f"onnx.{program['name']}" for bucket in buckets for program in bucket["programs"]]
+    return {name: onnx.load_from_string(bytes(artifact.section(name))) for name in sections}
 
 
 @pytest.mark.parametrize("numerics", ["fast", "exact"])

@@ -6,7 +6,7 @@ from dsv4c.ir.graph import Module
 from dsv4c.ir.weights import TensorStore
 from dsv4c.runtime.container import ArtifactWriter
 from dsv4c.targets.base import Arch, Progress
-from dsv4c.targets.onnx.emit_static import Shapes, emit_static
+from dsv4c.targets.onnx.emit_static import Shapes, emit_static, program_names
 
 from .dialect import ascend_dialect
 from .scripts import build_script
@@ -17,5 +17,5 @@ def emit_ascend(
 ) -> None:
     """Write the module for one product; see `emit_static`."""
     emit_static(module, store, writer, ascend_dialect(), progress)
-    script = build_script(arch, Shapes.of(module).tokens)
+    script = build_script(arch, program_names(Shapes.of(module)))
     writer.add_section("file:build.sh", script.encode())

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dsv4c.targets.base import Arch
 
 
-def build_script(arch: Arch, tokens: Sequence[int]) -> str:
-    """`build.sh`: the `atc` command of every program of an artifact, one per number of tokens."""
+def build_script(arch: Arch, programs: Sequence[str]) -> str:
+    """`build.sh`: the `atc` command of every program of an artifact."""
     commands = "\n".join(
-        f'atc --framework=5 --model=step.{count}.onnx --output=om/step.{count} --soc_version="$SOC" \\\n'
+        f'atc --framework=5 --model=step.{name}.onnx --output=om/step.{name} --soc_version="$SOC" \\\n'
         "    --precision_mode_v2=origin --external_weight=1"
-        for count in tokens
+        for name in programs
     )
     return f"""#!/bin/sh
 # Converts the programs for {arch.attributes["product"]} where CANN is installed; no NPU is needed for it, but

@@ -20,6 +20,7 @@ from dsv4c.ir.packed import packed_form
 from dsv4c.ir.streams import stream_values
 from dsv4c.ir.weights import TensorStore, WeightExpr
 from dsv4c.runtime.container import ArtifactWriter
+from dsv4c.targets.stages import STREAMS, Stage, split
 
 from . import static_int8, static_moe
 from .dialect import Dialect
@@ -37,6 +38,9 @@ STATIC_LOWERINGS: dict[str, Lowering] = {
 }
 """Op name -> lowering where every size is known."""
 
+SECTION = "onnx."
+"""In front of a program's name."""
+
 _DOWN = ("expert_mlp", 5)
 """The operand that is stored with its last two axes swapped; see `static_moe`."""
 
@@ -48,6 +52,7 @@ class Shapes:
     batch: int
     context: int
     tokens: tuple[int, ...]
+    stages: int
 
     @classmethod
     def of(cls, module: Module) -> Shapes:
@@ -57,7 +62,8 @@ class Shapes:
             raise TargetError(
                 "shapes are not bound", where=module.name, hint="end the pipeline with bind_shapes"
             )
-        return cls(int(found["batch"]), int(found["context"]), tuple(int(t) for t in found["tokens"]))
+        tokens = tuple(int(t) for t in found["tokens"])
+        return cls(int(found["batch"]), int(found["context"]), tokens, int(found["stages"]))
 
 
 def emit_static(
@@ -67,28 +73,34 @@ def emit_static(
     dialect: Dialect,
     progress: Progress | None = None,
 ) -> None:
-    """Write the weights and, per bucket, the section "onnx.<tokens>".
+    """Write the weights and, per number of tokens and stage, the section "onnx.<name>" with its program.
 
     meta["onnx"] = {"location", "tensors", "states"} as `emit_onnx` writes them, and "static": {"batch",
-    "context", "buckets": [{"tokens", "section", "probes": {layer: tensor}, "border": {"inputs": [names],
-    "outputs": [[name, NumPy dtype, shape]]}}], "dialect", "opset"}.
+    "context", "buckets": [{"tokens", "programs": [{"name", "stage", "probes": {layer: tensor}, "border":
+    {"inputs": [names], "outputs": [[name, NumPy dtype, shape]]}}]}], "dialect", "opset"}. Every stage but the
+    first reads "streams.in", every one but the last gives "streams".
 
     Raises:
         TargetError: an op has no lowering, or a node, type or rank is outside the dialect; names the layer.
     """
     shapes = Shapes.of(module)
     _check(module, dialect)
+    split(module, shapes.stages, {})  # what cannot be cut is refused before any weight is written
     stored = _store(module, store, writer, progress)
     buckets = []
     for count in shapes.tokens:
         sizes = {"B": shapes.batch, "ctx": shapes.context, "T": count, "L": count}
         bound = clone(module, sizes)
-        g = StaticContext(dialect)
-        model = _model(g, bound, stored)
-        section = f"onnx.{count}"
-        writer.add_section(section, model)
-        facts = {"tokens": count, "section": section, "probes": g.probes, "border": g.border()}
-        buckets.append(facts)
+        places = dict(zip(_read_weights(bound), stored, strict=True))
+        stages = split(bound, shapes.stages, {op: sum(p.nbytes for p in ps) for op, ps in places.items()})
+        programs = []
+        for number, stage in enumerate(stages):
+            g = StaticContext(dialect)
+            model = _model(g, bound, stage, places)
+            name = f"{count}" if len(stages) == 1 else f"{count}.{number}"
+            writer.add_section(SECTION + name, model)
+            programs.append({"name": name, "stage": number, "probes": g.probes, "border": g.border()})
+        buckets.append({"tokens": count, "programs": programs})
     static = {
         "batch": shapes.batch, "context": shapes.context, "buckets": buckets,
         "dialect": dialect.name, "opset": dialect.opset,
@@ -96,6 +108,12 @@ def emit_static(
     names = [part.name for parts in stored for part in parts]
     states = {name: _state(module, name, value) for name, value in module.states.items()}
     writer.set_meta("onnx", {"location": LOCATION_MARK, "tensors": names, "states": states, "static": static})
+
+
+def program_names(shapes: Shapes) -> list[str]:
+    """The names of an artifact's programs: tokens, and the stage where there are several."""
+    stages = [""] if shapes.stages == 1 else [f".{stage}" for stage in range(shapes.stages)]
+    return [f"{count}{stage}" for count in shapes.tokens for stage in stages]
 
 
 def _check(module: Module, dialect: Dialect) -> None:
@@ -137,23 +155,31 @@ def _parts(op: Op) -> dict[str, WeightExpr]:
     return {"": transposed(held.codes) if True in swapped else held.codes, ".scales": held.scales}
 
 
-def _model(g: StaticContext, module: Module, stored: list[tuple[Stored, ...]]) -> bytes:
-    weights = [op for op in module.weights() if op.result.uses]
-    for op, places in zip(weights, stored, strict=True):
-        g.holds(op.result, *places)
-    g.inputs = [_argument(g, name, value) for name, value in module.arguments().items() if value.uses]
-    streams = {value: layer for layer, value in stream_values(module).items()} if _is_model(module) else {}
-    for op in module.ops:
-        if op.weight is None:
-            _lower(g, op, streams)
+def _read_weights(module: Module) -> list[Op]:
+    return [op for op in module.weights() if op.result.uses]
+
+
+def _model(g: StaticContext, module: Module, stage: Stage, places: Mapping[Op, tuple[Stored, ...]]) -> bytes:
+    for op, parts in places.items():
+        g.holds(op.result, *parts)
+    read = {v for op in stage.ops for v in op.operands}
+    arguments = {name: value for name, value in module.arguments().items() if value in read}
+    g.inputs = [_argument(g, name, value) for name, value in arguments.items()]
+    if stage.source is not None:
+        g.inputs.append(_streams_in(g, stage.source))
+    streams = {v: layer for layer, v in stream_values(module).items()} if "logits" in module.outputs else {}
+    for op in stage.ops:
+        _lower(g, op, streams)
     g.where = "outputs"
-    g.outputs = [_output(g, name, value, module) for name, value in module.outputs.items()]
+    g.outputs = [_output(g, name, value, module) for name, value in stage.outputs.items()]
     data: bytes = g.model(g.inputs, g.outputs).SerializeToString()
     return data
 
 
-def _is_model(module: Module) -> bool:
-    return "logits" in module.outputs
+def _streams_in(g: StaticContext, value: Value) -> ValueInfoProto:
+    tensor = g.declare(f"{STREAMS}.in", TensorProto.FLOAT, value.type.concrete({}))
+    g.values[value] = tensor
+    return g.info(tensor, tensor)
 
 
 def _lower(g: StaticContext, op: Op, streams: Mapping[Value, str]) -> None:

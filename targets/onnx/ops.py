@@ -19,7 +19,7 @@ FUSE = "merge_common_subexpressions,fuse_swiglu,fuse_index_select,fuse_expert_ge
 
 PIPELINE = (
     FUSE + ',narrow_weights{storage="int8"}'
-    ',bind_shapes{tokens="1,128", batch=1, context=4096}'
+    ',bind_shapes{tokens="1,128", batch=1, context=4096, stages=1}'
 )
 """For consumers of fixed shapes: numbers, but for what a pass has made INT8."""
 
