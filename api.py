@@ -33,8 +33,10 @@ from dsv4c.ir.verify import verify as verify_module
 from dsv4c.passes import Pass, PassRecord, known_passes, parse_pipeline, print_pipeline, run_pipeline
 from dsv4c.passes.check import ResultCheck
 from dsv4c.runtime.container import ArtifactWriter
-from dsv4c.targets import Format, parse_target
+from dsv4c.targets import Arch, Format, Target, known_devices, parse_target
+from dsv4c.targets.estimate import estimate_artifact
 from dsv4c.targets.golden import TOLERANCES, write_golden
+from dsv4c.targets.hardware import device
 from dsv4c.targets.report import compile_report
 
 Progress = Callable[[str, int, int], None]
@@ -143,7 +145,7 @@ def lower(
     Args:
         passes: replaces or edits the target's own pipeline, see `passes.parse_pipeline`; or a sequence of
             such texts and of passes.
-        plugins: files that define passes.
+        plugins: files that define passes or targets.
         verify_passes: evaluate the graph around every pass and stop at the first that changes a result
             beyond what it declares.
         after: called after every pass.
@@ -152,7 +154,7 @@ def lower(
         PassError: see `passes.run_pipeline`.
         TargetError: the result holds an op that the target declares illegal.
     """
-    chosen, _ = parse_target(target)
+    chosen, _ = parse_target(target, plugins)
     pipeline = choose_pipeline(chosen.format(format), passes, plugins)
     lowered, reference, model = clone(module), [module], [module]
 
@@ -186,7 +188,7 @@ def choose_pipeline(form: Format, passes: Passes = None, plugins: Plugins = ()) 
     Raises:
         PassError, ParseError: the text, an option or a plugin is wrong.
     """
-    known = known_passes(plugins)
+    known = known_passes(plugins, required=False)  # a file may bring targets only
     own = parse_pipeline(form.passes, known)
     if passes is None or isinstance(passes, str):
         return own if passes is None else parse_pipeline(passes, known, own)
@@ -194,6 +196,22 @@ def choose_pipeline(form: Format, passes: Passes = None, plugins: Plugins = ()) 
     for item in passes:
         out += parse_pipeline(item, known, own) if isinstance(item, str) else (item,)
     return tuple(out)
+
+
+def in_numerics(target: Target, numerics: str, passes: Passes) -> tuple[str, Passes]:
+    """The numerics by name ("" is the target's first), and `passes` with what they put in front.
+
+    Raises:
+        UsageError: the target has no such numerics.
+    """
+    numerics = numerics or next(iter(target.numerics))
+    if numerics not in target.numerics:
+        raise UsageError(f"numerics {numerics!r}", where="compile", allowed=", ".join(target.numerics))
+    first = target.numerics[numerics]
+    if not first:
+        return numerics, passes
+    rest = "default" if passes is None else passes
+    return numerics, (first, *([rest] if isinstance(rest, str) else rest))
 
 
 def compile(
@@ -226,15 +244,9 @@ def compile(
     Returns:
         The path of the artifact, which appears whole or not at all.
     """
-    chosen, arch = parse_target(target)
+    chosen, arch = parse_target(target, plugins)
     form = chosen.format(format)
-    numerics = numerics or next(iter(chosen.numerics))
-    if numerics not in chosen.numerics:
-        raise UsageError(f"numerics {numerics!r}", where="compile", allowed=", ".join(chosen.numerics))
-    first = chosen.numerics[numerics]
-    if first:
-        rest = "default" if passes is None else passes
-        passes = (first, *([rest] if isinstance(rest, str) else rest))
+    numerics, passes = in_numerics(chosen, numerics, passes)
     _check_packages(form)
     report = progress or (lambda what, done, total: None)
     choose_pipeline(form, passes, plugins)  # complains before any long work
@@ -246,6 +258,7 @@ def compile(
             )
         started = time.time()
         lowered = lower(module, target, format, passes, plugins, verify_passes, _dumper(module, dump_ir))
+        there = _estimate(lowered, arch, numerics, plugins)  # complains before the long work
         store = lowered.module.store  # a pass may have laid statistics over the checkpoint's tensors
         assert store is not None
         form.load()(lowered.module, store, writer, arch, report)
@@ -265,8 +278,23 @@ def compile(
         writer.set_meta("step", {"states": _states(lowered.module)})
         seconds = time.time() - started
         facts = compile_report(module, lowered.module, lowered.records, pipeline, stored, seconds)
-        writer.set_meta("report", facts)
+        writer.set_meta("report", facts | ({"estimate": there} if there else {}))
     return Path(output)
+
+
+def _estimate(lowered: Lowered, arch: Arch, numerics: str, plugins: Plugins) -> dict[str, Any] | None:
+    """What the artifact will cost on the device of its arch; None where that is this machine.
+
+    Raises:
+        TargetError: it does not fit there.
+    """
+    shapes = lowered.module.meta.get("static_shapes")
+    if not arch.device or shapes is None or "logits" not in lowered.module.outputs:
+        return None
+    model = clone(lowered.model)
+    model.meta["static_shapes"] = shapes
+    there = device(arch.device, known_devices(plugins))
+    return estimate_artifact(model, there, numerics == "exact").as_json()
 
 
 def _dumper(

@@ -30,6 +30,7 @@ from dsv4c.runtime.container import amend_meta
 from dsv4c.runtime.corpus import Ids, Text, documents, windows
 from dsv4c.runtime.quality import Likelihood, Progress, Quality, compare, perplexity
 from dsv4c.runtime.session import DEFAULT_CHUNK, DEFAULT_CONTEXT
+from dsv4c.targets import parse_target
 from dsv4c.targets.golden import golden_tokens
 
 Arr = npt.NDArray[Any]
@@ -245,9 +246,12 @@ def compile_measured(
         UsageError: `random_seeds` without a `prune_experts` in the pipeline.
     """
     module = source if isinstance(source, Module) else api.load_checkpoint(source)
-    path, chosen = Path(output), {k: options[k] for k in ("target", "format") if k in options}
-    extra = {k: options[k] for k in ("passes", "plugins") if k in options}
-    lowered = api.lower(module, **chosen, **extra)
+    path = Path(output)
+    chosen: dict[str, Any] = {k: options[k] for k in ("target", "format", "plugins") if k in options}
+    target, _ = parse_target(options.get("target", "cpu"), options.get("plugins", ()))
+    _, asked = api.in_numerics(target, options.get("numerics", ""), options.get("passes"))
+    lowered = api.lower(module, **chosen, passes=asked)
+    chosen["numerics"] = "exact"  # the baseline; a variant's passes hold what its numerics put in front
     variants = [_at_random(lowered.pipeline, seed) for seed in range(random_seeds)]
     with tempfile.TemporaryDirectory(prefix=".dsv4c-", dir=path.parent) as folder:
         before, after = Path(folder) / "before.dsv4", Path(folder) / path.name

@@ -66,7 +66,7 @@ def threads_option(parser: argparse._ActionsContainer) -> None:
 def plugin_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plugin", action="append", default=[], metavar="FILE.py",
-        help="a Python file that defines passes; several allowed",
+        help="a Python file that defines passes or targets; several allowed",
     )  # fmt: skip
 
 

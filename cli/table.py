@@ -9,10 +9,11 @@ from .compare import COMPARE
 from .compile import COMPILE
 from .estimate import ESTIMATE
 from .inspect import INSPECT
-from .listing import PASSES, TARGETS
+from .listing import PASSES
 from .opt import OPT
 from .report import REPORT
 from .run import RUN
+from .targets import TARGETS
 from .unpack import UNPACK
 from .verify import VERIFY
 

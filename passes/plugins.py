@@ -1,7 +1,7 @@
 """Passes from outside: files named on the command line, and entry points of installed packages.
 
-Owns how such files and entries are imported, whatever they bring, what makes a stranger's class acceptable, and
-the errors where it is not. Knows no particular pass.
+Owns how such files and entries are imported, whatever they bring, what makes a stranger's class acceptable,
+and the errors where it is not. Knows no particular pass.
 """
 
 from __future__ import annotations
@@ -67,28 +67,20 @@ def load_plugin(path: str | os.PathLike[str], error: type[Dsv4cError]) -> Module
     """The module in a file; imported once as long as the file stays the same, so that its values do too.
 
     Raises:
-        error: there is no such file, or it raises.
+        error: there is no such file, it is not Python, or it raises.
     """
     file = Path(path)
     if not file.is_file():
         raise error("no such file", where=str(path), allowed="a Python file that defines passes or targets")
+    if file.suffix != ".py":
+        raise error("is no Python file", where=str(path), allowed="*.py")
     facts = file.stat()
     try:
         return _executed(file.resolve(), facts.st_mtime_ns, facts.st_size)
-    except Dsv4cError:
-        raise
-    except ImportError as raised:
-        if isinstance(raised, _NoPython):
-            raise error("is no Python file", where=str(path), allowed="*.py") from None
-        raise _failed(str(path), raised, error) from raised
-    except KeyboardInterrupt:
+    except (Dsv4cError, KeyboardInterrupt):
         raise
     except BaseException as raised:  # a plugin that calls sys.exit must not end the compiler
         raise _failed(str(path), raised, error) from raised
-
-
-class _NoPython(ImportError):
-    """A file whose name no importer knows."""
 
 
 @cache
@@ -96,8 +88,7 @@ def _executed(path: Path, changed: int, size: int) -> ModuleType:
     """The module of a file; `changed` and `size` tell one state of it from the next."""
     name = "dsv4c_plugin_" + re.sub(r"\W", "_", path.stem)
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise _NoPython(str(path))
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses look annotations up that are text
     try:
@@ -157,6 +148,6 @@ def _wrong_with(c: type) -> str:
         return f"has name {getattr(c, 'name', None)!r}, allowed are words like fold_scales"
     if not isinstance(getattr(c, "doc", None), str):
         return "has no `doc`, one sentence about what it does"
-    if c.run is Pass.run:
-        return "does not implement run(module)"
+    if c.run is Pass.run and not c.rules:
+        return "does not implement run(module), and has no rules"
     return ""

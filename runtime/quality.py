@@ -100,7 +100,8 @@ def perplexity(
 
     Args:
         texts: documents, as text or as token ids; no window spans two.
-        context: positions of a window; None is the smaller of the model's maximum and 4096.
+        context: positions of a window; None is the smallest of the model's maximum, 4096, and what it was
+            compiled for.
         max_tokens: of text to take; None takes all.
         progress: called with (what, done, total) after every step.
 
@@ -177,7 +178,8 @@ def _predictions(
     if not total:
         raise UsageError("one token predicts nothing", where="text", allowed="at least two tokens")
     longest = min(int(m["max_positions"]) for m in models)
-    length = min(longest, DEFAULT_CONTEXT) if context is None else context
+    rooms = [static["context"] for a in artifacts if (static := a.meta.get("onnx", {}).get("static"))]
+    length = min(longest, DEFAULT_CONTEXT, *rooms) if context is None else context
     sessions = [Session(a, context=length, threads=threads) for a in artifacts]
     chunk = max(1, min(DEFAULT_CHUNK, STEP_LOGITS // vocab))
     report = progress or (lambda what, done, total: None)

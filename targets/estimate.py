@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dsv4c.ir.graph import Module
 from .hardware import Device
 from .placement import HEADROOM, Demand, Placement, Shares, place
 from .roofline import ARITHMETIC, Machine, Step
-from .workload import Workload, survey
+from .workload import CLASSES, Workload, survey
 
 ITEM = {"f32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
 """Formats of activations, state and exchanges -> bytes of a value."""
@@ -169,6 +170,43 @@ def estimate(
         assumptions=tuple(_assumptions(w, device, placement, asked, bool(shares))),
         published=published_for(w.module.meta, device.name),
     )
+
+
+def estimate_artifact(module: Module, device: Device, exact: bool) -> Estimate:
+    """The estimate for an artifact of fixed shapes: its batch, context, longest program and stages.
+
+    Args:
+        module: at level MODEL, with the weights as the artifact's passes left them.
+        exact: whether its matrices are stored as F32, whatever the checkpoint's formats.
+
+    Raises:
+        TargetError: it does not fit as many devices as it has stages; names the number that does.
+    """
+    shapes = module.meta["static_shapes"]
+    assert isinstance(shapes, dict)
+    longest = module.meta.get("max_positions", shapes["context"])
+    assert isinstance(longest, int)
+    asked = Settings(
+        shapes["batch"], min(shapes["context"], longest), shapes["tokens"][-1], shapes["stages"],
+        shapes["stages"], "f32",
+    )  # fmt: skip
+    w = survey(module, dict.fromkeys(CLASSES, "f32") if exact else {})
+    try:
+        return estimate(w, device, asked)
+    except TargetError as error:
+        enough = _stages_that_fit(w, device, asked)
+        hint = f"bind_shapes{{stages={enough}}} fits" if enough else "no number of stages fits"
+        raise TargetError(str(error).partition("; allowed")[0], where=device.name, hint=hint) from None
+
+
+def _stages_that_fit(w: Workload, device: Device, asked: Settings) -> int:
+    """The fewest stages, one device each, that hold the model; 0 where none do."""
+    demand = Demand(w, asked.batch, asked.context, ITEM[asked.activations], {})
+    for count in range(asked.stages + 1, len(w.layers) + 1):
+        with suppress(TargetError):
+            place(demand, count, device.memory, count, asked.headroom)
+            return count
+    return 0
 
 
 def beside(row: Published, w: Workload, device: Device, asked: Settings, shares: Shares) -> Estimate | None:

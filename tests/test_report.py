@@ -66,6 +66,17 @@ def full(artifact: Path) -> Artifact:
         "kl": {"mean": 0.01, "p99": 0.1}, "top1": 0.97, "random": [23.0, 24.0, 25.0], "max_difference": 0.1,
     }  # fmt: skip
     report["error_by_layer"] = [{"layer": n, "max": 1e-3, "rms": 1e-4} for n in range(4)]
+    step = {"flops": 4.2e9, "weight_bytes": 1 << 30, "data_bytes": 1 << 20, "bound": "memory"}
+    report["estimate"] = {
+        "device": {"name": "ascend-910c-die"}, "devices": 2, "batch": 1, "context": 4096, "prompt": 128,
+        "decode": {**step, "seconds": 0.0123, "tokens_per_second": 81.3},
+        "prefill": {**step, "seconds": None, "tokens_per_second": None, "bound": "unknown"},
+        "assumptions": ["70% of the arithmetic", "10% of the memory stays free"],
+        "placement": {
+            "stages": [{"layers": [0, 1], "devices": [0]}, {"layers": [2, 2], "devices": [1]}],
+            "memory": [{"dense": 1 << 20, "experts": 1 << 28, "state": 4096, "total": 1 << 29}] * 2,
+        },
+    }  # fmt: skip
     return opened
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,15 @@ import pytest
 from test_model_harness import BETWEEN_CHUNKINGS, TOLERANCE, Arr, Models, feed, stored, within
 
 import dsv4c
+from dsv4c import api
+from dsv4c.cli import main
 from dsv4c.errors import ArtifactError, PassError, SessionError, TargetError, UsageError
+from dsv4c.quality import compile_measured
 from dsv4c.runtime import Artifact, Session
 from dsv4c.runtime.unpack import unpack
 from dsv4c.runtime.verify import verify
 from dsv4c.targets import TARGETS
+from dsv4c.targets.hardware import device
 
 EXACT = ("ascend:910c", "mlu:590")
 ARCHS = [f"{t.name}:{a.name}" for t in TARGETS.values() if t.dialect for a in t.archs]
@@ -155,7 +160,7 @@ def test_stages_are_the_model_in_pieces(models: Models, folder: Path, stages: in
 
 def test_more_stages_than_layers(models: Models, tmp_path: Path) -> None:
     passes = "with(bind_shapes{stages=6})"
-    with pytest.raises(TargetError, match="6 stages; allowed: at most its 5 layers"):
+    with pytest.raises(TargetError, match="cannot be split over 6 devices in 6 stages"):
         dsv4c.compile(models.checkpoint("v4"), output=tmp_path / "m.dsv4", target="mlu", passes=passes)
     assert not list(tmp_path.iterdir())
 
@@ -304,3 +309,53 @@ def test_a_prompt_longer_than_the_context_is_no_golden_one(models: Models, folde
     path = built(models, folder, "v4", "mlu", "exact", shapes)
     with pytest.raises(ArtifactError, match="was compiled for 16 positions, its golden prompt has 28"):
         verify(Artifact.open(path))
+
+
+# ----------------------------------------------------------------------------- what it will cost there
+
+
+def test_the_artifact_carries_an_estimate(models: Models, folder: Path, tmp_path: Path) -> None:
+    """For the device of the arch, split as the artifact is, and shown in the report."""
+    shapes = SHAPES.replace("context=512", "context=512, stages=2")
+    path = built(models, folder, "v4", "ascend:910c", "fast", shapes)
+    found = Artifact.open(path).meta["report"]["estimate"]
+    assert found["device"]["name"] == "ascend-910c-die" and found["devices"] == 2
+    assert found["placement"]["fits"] and len(found["placement"]["memory"]) == 2
+    assert found["decode"]["seconds"] > 0 and found["decode"]["bound"] == "memory"
+    assert main(["report", str(path), "-o", str(tmp_path / "r.html")]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "An estimate, not a measurement: 2 x ascend-910c-die" in page and "0 to" in page
+    unknown = Artifact.open(built(models, folder, "v4", "mlu:590", "fast")).meta["report"]["estimate"]
+    assert unknown["decode"]["seconds"] is None and unknown["decode"]["weight_bytes"] > 0
+
+
+def test_exact_numerics_count_as_they_are_stored(models: Models, folder: Path) -> None:
+    total = {}
+    for numerics in ("fast", "exact"):
+        path = built(models, folder, "kjv", "ascend:910c", numerics)
+        (memory,) = Artifact.open(path).meta["report"]["estimate"]["placement"]["memory"]
+        total[numerics] = memory["dense"] + memory["experts"]
+    assert 2 < total["exact"] / total["fast"] < 4
+
+
+def test_a_model_too_large_is_refused_before_its_weights_are_written(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = replace(device("ascend-910c-die"), memory=4_000_000)
+    monkeypatch.setattr(api, "device", lambda name, known: small)
+    monkeypatch.setattr("dsv4c.targets.onnx.emit_static.store_weight", None)
+    message = r"(?s)the model needs \d+ bytes on 1 devices.*bind_shapes\{stages=\d\} fits"
+    with pytest.raises(TargetError, match=message):
+        dsv4c.compile(models.checkpoint("v4"), output=tmp_path / "m.dsv4", target="ascend", passes=SHAPES)
+    assert not list(tmp_path.iterdir())
+
+
+def test_held_out_text_is_measured_against_exact_numerics(models: Models, tmp_path: Path) -> None:
+    """What INT8 costs goes into the report: quality on text, and the error by layer."""
+    ids = models_text(models, 200)
+    path = compile_measured(
+        models.checkpoint("kjv"), ids, target="mlu", passes=SHAPES, output=tmp_path / "m.dsv4"
+    )
+    report = Artifact.open(path).meta["report"]
+    assert 0 < report["quality"]["kl"]["mean"] < 0.005 and report["quality"]["top1"] > 0.95
+    assert max(layer["max"] for layer in report["error_by_layer"]) > 1e-4

@@ -236,6 +236,38 @@ def _rate(value: float | None) -> str:
 
 
 Section = Callable[[Facts, Facts, Ceilings], str]
+
+
+def _on_device(meta: Facts, report: Facts, ceilings: Ceilings) -> str:
+    found = report.get("estimate")
+    if not found:
+        return ""
+    rows = []
+    for name, step in (("decode", found["decode"]), ("prompt", found["prefill"])):
+        rate, moved = step["tokens_per_second"], step["weight_bytes"] + step["data_bytes"]
+        cells = (_milliseconds(step["seconds"]), f"{rate:,.0f}" if rate else "unknown", step["bound"])
+        rows.append((name, *cells, size(moved), f"{step['flops']:.3g}"))
+    words = (
+        f"An estimate, not a measurement: {found['devices']} x {found['device']['name']}, batch "
+        f"{found['batch']}, {found['context']} positions, a prompt of {found['prompt']} tokens. "
+    )
+    head = ("step", "ms", "tokens/s", "bound by", "bytes", "operations")
+    steps = table(head, rows, frozenset({1, 2, 4, 5}))
+    held = []
+    for stage in found["placement"]["stages"]:
+        for number in stage["devices"]:
+            m = found["placement"]["memory"][number]
+            parts = (size(m[part]) for part in ("dense", "experts", "state", "total"))
+            held.append((number, "{} to {}".format(*stage["layers"]), *parts))
+    head = ("device", "layers", "dense weights", "experts", "state", "in all")
+    assumed = text("Assumed: " + "; ".join(found["assumptions"]) + ".")
+    return text(words) + steps + table(head, held, frozenset({2, 3, 4, 5})) + assumed
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "unknown" if seconds is None else f"{1000 * seconds:.3g}"
+
+
 SECTIONS: tuple[tuple[str, Section], ...] = (
     ("Pipeline", _pipeline),
     ("Weights by class and format", _weights),
@@ -246,5 +278,6 @@ SECTIONS: tuple[tuple[str, Section], ...] = (
     ("Planned memory", _memory),
     ("Engram tables", _engram),
     ("Roofline of a step", _roofline),
+    ("On the device", _on_device),
 )
 """In the order of the page; a section that returns nothing is left out."""
