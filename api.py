@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv4c.errors import CompileError, TargetError, ToolchainError, UsageError
+from dsv4c.frontend.build import build_checkpoint
 from dsv4c.frontend.checkpoint import open_checkpoint
 from dsv4c.frontend.engram_layer import MODEL_TYPE as ENGRAM_LAYER
 from dsv4c.frontend.engram_layer import load_engram_layer
 from dsv4c.frontend.export import Exported, export_checkpoint
-from dsv4c.frontend.model import build_model
 from dsv4c.ir.clone import clone
 from dsv4c.ir.graph import Module
 from dsv4c.ir.levels import Level
@@ -47,7 +47,7 @@ Plugins = Sequence[str | os.PathLike[str]]
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Module:
-    """Read a DeepSeek-V4 checkpoint directory, in any of its spellings, into a MODEL-level module.
+    """Read a DeepSeek-V4 or V4.1 checkpoint directory, in any of its spellings, into a MODEL-level module.
 
     Weights stay on disk as lazy expressions. A directory that holds a single Engram layer gives that layer.
 
@@ -57,8 +57,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Module:
     if _model_type(Path(path)) == ENGRAM_LAYER:
         return load_engram_layer(Path(path))
     checkpoint = open_checkpoint(Path(path))
-    module = build_model(checkpoint.config, checkpoint.weight)
-    module.store = checkpoint.files
+    module = build_checkpoint(checkpoint)
     module.assets["config"] = (Path(path) / "config.json").read_bytes()
     if checkpoint.tokenizer_path is not None:
         module.assets["tokenizer"] = checkpoint.tokenizer_path.read_bytes()
@@ -155,7 +154,8 @@ def lower(
         TargetError: the result holds an op that the target declares illegal.
     """
     chosen, _ = parse_target(target, plugins)
-    pipeline = choose_pipeline(chosen.format(format), passes, plugins)
+    form = chosen.format(format)
+    pipeline = choose_pipeline(form, passes, plugins)
     lowered, reference, model = clone(module), [module], [module]
 
     def then(p: Pass, left: Module) -> None:
@@ -168,18 +168,34 @@ def lower(
 
     check = ResultCheck(lowered) if verify_passes else None
     records = run_pipeline(lowered, pipeline, then, check)
+    _finish(lowered, chosen, form)
+    if not form.emits_parts:
+        lowered.parts.clear()
+    for part in lowered.parts.values():  # what is done to a text model is none of their business
+        run_pipeline(part, [p for p in choose_pipeline(form) if p.name != "plan_memory"])
+        _finish(part, chosen, form)
+    return Lowered(lowered, reference[0], model[0], pipeline, records)
+
+
+def _finish(lowered: Module, chosen: Target, form: Format) -> None:
+    """Declare a module to be at level TARGET; raises `TargetError` where it cannot be."""
     lowered.level = Level.TARGET
-    legal = chosen.legal(format)
+    legal = chosen.legal(form.name)
     for op in lowered.ops:
         if op.name not in legal:
             raise TargetError(
                 f"{op.name} is not legal here",
                 where=f"{chosen.name}, {op.loc}",
                 allowed=", ".join(sorted(legal)),
-                hint="run the target's own passes: " + chosen.format(format).passes,
+                hint="run the target's own passes: " + form.passes,
             )
+        if not form.takes(op):
+            raise TargetError(
+                f"{op.name} rounds by {op.attrs.get('rule') or op.attrs['rounding']!r}, which format "
+                f"{form.name} does not", where=f"{chosen.name}, {op.loc}",
+                allowed=", ".join(sorted(form.roundings)), hint="leave out the pass that asks for it",
+            )  # fmt: skip
     verify_module(lowered, legal)
-    return Lowered(lowered, reference[0], model[0], pipeline, records)
 
 
 def choose_pipeline(form: Format, passes: Passes = None, plugins: Plugins = ()) -> tuple[Pass, ...]:
@@ -189,7 +205,11 @@ def choose_pipeline(form: Format, passes: Passes = None, plugins: Plugins = ()) 
         PassError, ParseError: the text, an option or a plugin is wrong.
     """
     known = known_passes(plugins, required=False)  # a file may bring targets only
-    own = parse_pipeline(form.passes, known)
+    return _edited(parse_pipeline(form.passes, known), passes, known)
+
+
+def _edited(own: tuple[Pass, ...], passes: Passes, known: Mapping[str, type[Pass]]) -> tuple[Pass, ...]:
+    """What a user makes of the pipeline `own`."""
     if passes is None or isinstance(passes, str):
         return own if passes is None else parse_pipeline(passes, known, own)
     out: list[Pass] = []
@@ -198,20 +218,32 @@ def choose_pipeline(form: Format, passes: Passes = None, plugins: Plugins = ()) 
     return tuple(out)
 
 
-def in_numerics(target: Target, numerics: str, passes: Passes) -> tuple[str, Passes]:
-    """The numerics by name ("" is the target's first), and `passes` with what they put in front.
+def in_numerics(
+    target: Target, arch: Arch, form: Format, numerics: str = "", passes: Passes = None, plugins: Plugins = ()
+) -> tuple[str, tuple[Pass, ...]]:
+    """The numerics by name ("" is the first that the arch has), and the pipeline to run.
+
+    What numerics put in front stays in front, and the pipeline as they edit it is the one that `passes`
+    replaces or edits; see `Target.numerics`.
 
     Raises:
-        UsageError: the target has no such numerics.
+        UsageError: the arch has no such numerics.
+        PassError, ParseError: see `choose_pipeline`.
     """
-    numerics = numerics or next(iter(target.numerics))
-    if numerics not in target.numerics:
-        raise UsageError(f"numerics {numerics!r}", where="compile", allowed=", ".join(target.numerics))
-    first = target.numerics[numerics]
-    if not first:
-        return numerics, passes
-    rest = "default" if passes is None else passes
-    return numerics, (first, *([rest] if isinstance(rest, str) else rest))
+    offered = target.numerics_of(arch)
+    numerics = numerics or next(iter(offered))
+    if numerics not in offered:
+        elsewhere = [a.name for a in target.archs if numerics in target.numerics_of(a)]
+        raise UsageError(
+            f"numerics {numerics!r}", where=f"compile for {target.name}:{arch.name}",
+            allowed=", ".join(offered),
+            hint=f"{target.name}:{elsewhere[0]} has them" if elsewhere else "dsv4c targets lists them",
+        )  # fmt: skip
+    known = known_passes(plugins, required=False)
+    front, _, edits = f",{offered[numerics]}".partition(",default,")
+    own = parse_pipeline(form.passes, known)
+    own = parse_pipeline(edits, known, own) if edits else own
+    return numerics, (*parse_pipeline(front[1:], known), *_edited(own, passes, known))
 
 
 def compile(
@@ -235,7 +267,8 @@ def compile(
         numerics: "" is the target's first. "exact" is stored weights dequantised and FP32 arithmetic.
             "reference" rounds where the published code rounds (format "tvm" only); its artifacts carry no
             golden vectors, as a rounding that falls the other way at a tie changes every later token. "fast"
-            is what a device does best (INT8 on Ascend and MLU).
+            is what a device does best: INT8 on Ascend 910 and MLU, the checkpoint's own FP8 and FP4 with
+            MXFP8 inputs on Ascend 950. "half" is FP16 products on those devices.
         format: "tvm" or "onnx", see `dsv4c targets`; "" is the target's first.
         passes, plugins, verify_passes: see `lower`.
         golden: put a prompt with the evaluator's results into the artifact, for `verify`.
@@ -246,10 +279,9 @@ def compile(
     """
     chosen, arch = parse_target(target, plugins)
     form = chosen.format(format)
-    numerics, passes = in_numerics(chosen, numerics, passes)
+    numerics, pipeline = in_numerics(chosen, arch, form, numerics, passes, plugins)  # complains early
     _check_packages(form)
     report = progress or (lambda what, done, total: None)
-    choose_pipeline(form, passes, plugins)  # complains before any long work
     with ArtifactWriter(output) as writer:
         module = source if isinstance(source, Module) else load_checkpoint(source)
         if module.store is None:
@@ -257,7 +289,7 @@ def compile(
                 "the module has no weights", where=module.name, hint="load it from a checkpoint"
             )
         started = time.time()
-        lowered = lower(module, target, format, passes, plugins, verify_passes, _dumper(module, dump_ir))
+        lowered = lower(module, target, format, pipeline, plugins, verify_passes, _dumper(module, dump_ir))
         there = _estimate(lowered, arch, numerics, plugins)  # complains before the long work
         store = lowered.module.store  # a pass may have laid statistics over the checkpoint's tensors
         assert store is not None
@@ -268,7 +300,7 @@ def compile(
                 writer.add_section(name, data)
         if golden and "logits" in module.outputs and numerics != "reference":
             write_golden(lowered.reference, writer, report, TOLERANCES[numerics], form.shows_blocks)
-        pipeline = print_pipeline(lowered.pipeline)
+        printed = print_pipeline(lowered.pipeline)
         writer.set_meta("target", chosen.name)
         writer.set_meta("arch", {"name": arch.name, "machine": arch.machine, "requires": list(arch.requires)})
         writer.set_meta("format", form.name)
@@ -277,7 +309,7 @@ def compile(
         writer.set_meta("identity", identity(lowered.reference))
         writer.set_meta("step", {"states": _states(lowered.module)})
         seconds = time.time() - started
-        facts = compile_report(module, lowered.module, lowered.records, pipeline, stored, seconds)
+        facts = compile_report(module, lowered.module, lowered.records, printed, stored, seconds)
         writer.set_meta("report", facts | ({"estimate": there} if there else {}))
     return Path(output)
 

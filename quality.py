@@ -248,8 +248,10 @@ def compile_measured(
     module = source if isinstance(source, Module) else api.load_checkpoint(source)
     path = Path(output)
     chosen: dict[str, Any] = {k: options[k] for k in ("target", "format", "plugins") if k in options}
-    target, _ = parse_target(options.get("target", "cpu"), options.get("plugins", ()))
-    _, asked = api.in_numerics(target, options.get("numerics", ""), options.get("passes"))
+    plugins = options.get("plugins", ())
+    target, arch = parse_target(options.get("target", "cpu"), plugins)
+    form, numerics = target.format(options.get("format", "")), options.get("numerics", "")
+    _, asked = api.in_numerics(target, arch, form, numerics, options.get("passes"), plugins)
     lowered = api.lower(module, **chosen, passes=asked)
     chosen["numerics"] = "exact"  # the baseline; a variant's passes hold what its numerics put in front
     variants = [_at_random(lowered.pipeline, seed) for seed in range(random_seeds)]

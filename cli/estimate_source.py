@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsv4c.errors import ConfigError, UsageError
+from dsv4c.frontend.architecture import ModelConfig
 from dsv4c.frontend.checkpoint import open_checkpoint
-from dsv4c.frontend.config import ModelConfig, load_config, parse_config
+from dsv4c.frontend.config import load_config, parse_config
 from dsv4c.frontend.model import build_model
 from dsv4c.frontend.safetensors import parse_json
 from dsv4c.frontend.table import SCALED, Role, TensorSpec, expected_tensors, published_dtype, scale_name
@@ -55,6 +56,8 @@ def released(name: str, spec: TensorSpec, config: ModelConfig) -> WeightExpr:
     """The expression of a tensor as a released checkpoint of this configuration would store it."""
     dtype = published_dtype(name, spec, config)
     codes = source(name, dtype, spec.stored_shape(dtype))
+    if spec.role is Role.ROWS:
+        return codes
     if dtype in SCALED:
         block = config.weight_block_size
         scale = source(scale_name(name), DType.F8E8M0, spec.scale_shape(dtype, block))

@@ -55,7 +55,10 @@ def _target_facts(target: Target, devices: Mapping[str, Device]) -> dict[str, An
         "name": target.name,
         "doc": target.doc,
         "numerics": list(target.numerics),
-        "archs": [{**_arch_facts(a, devices), "default": a.name == default} for a in target.archs],
+        "archs": [
+            {**_arch_facts(a, devices), "numerics": list(target.numerics_of(a)), "default": a.name == default}
+            for a in target.archs
+        ],
         "formats": [
             {
                 "name": f.name,
@@ -103,9 +106,7 @@ def _text(facts: dict[str, Any]) -> str:
         (t["name"], f["name"], ", ".join(f"{p} {v or 'MISSING'}" for p, v in f["packages"].items()))
         for t in facts["targets"] for f in t["formats"]
     ]  # fmt: skip
-    docs = "\n".join(
-        f"{t['name']}: {t['doc']}; numerics {', '.join(t['numerics'])}" for t in facts["targets"]
-    )
+    docs = "\n".join(f"{t['name']}: {t['doc']}; numerics {_numerics(t)}" for t in facts["targets"])
     linkers = table([(name, found or "not found") for name, found in facts["linkers"].items()])
     return (
         docs
@@ -116,6 +117,13 @@ def _text(facts: dict[str, Any]) -> str:
         + section("formats", table(formats, ("target", "format", "needs")))
         + section("linkers (one is enough)", linkers)
     )
+
+
+def _numerics(target: Mapping[str, Any]) -> str:
+    """Those of the target, and of the archs that have others."""
+    own = target["numerics"]
+    others = [f"{a['name']}: {', '.join(a['numerics'])}" for a in target["archs"] if a["numerics"] != own]
+    return "; ".join([", ".join(own), *others])
 
 
 def _row(target: str, arch: Mapping[str, Any], formats: tuple[str, ...]) -> list[str]:

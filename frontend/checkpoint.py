@@ -7,20 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from dsv4c.errors import CheckpointError
-from dsv4c.ir.dtypes import DType, decode
-from dsv4c.ir.weights import WeightExpr, cast, decode_fp4, decode_fp8, rows, source, take
+from dsv4c.ir.dtypes import DType
+from dsv4c.ir.weights import TensorStore, WeightExpr, cast, decode_fp4, decode_fp8, rows, source, take
 
-from .config import ModelConfig, load_config
+from .architecture import Generation, ModelConfig
+from .config import load_config
+from .engram import EngramConfig, EngramWeights, engram_config
+from .engram_layer import layer_weights, with_token_map
 from .naming import Half, Origin, resolve
 from .safetensors import RawTensor, TensorFiles
-from .table import ALLOWED, SCALE_DTYPES, SCALED, Role, TensorSpec, expected_tensors, scale_name
+from .scan import bad_values
+from .table import ALLOWED, SCALED, Role, TensorSpec, expected_tensors, scale_name
+from .token_map import SOURCE, Overlay, TokenMap, read_token_map
 
 SHOWN = 5  # offenders that one error lists
 
@@ -31,7 +33,7 @@ class Checkpoint:
 
     Attributes:
         path: the directory.
-        files: the bytes; the `TensorStore` of every expression of `weight` and `mtp`.
+        files: the bytes; the `TensorStore` of every expression of `weight` and `mtp`, and of `store`.
         tokenizer_path: `tokenizer.json`, if there is one.
         specs: published name -> logical shape and role, for every weight that is present.
         origins: published name, scales included -> where it lies.
@@ -48,11 +50,32 @@ class Checkpoint:
         """The logical values of a tensor by its published name, in the number format that holds them.
 
         F32, BF16 and F16 tensors come as they are; FP8 and packed FP4 with their scale applied, as f32;
-        tables of token ids as i32. Shape is the logical one of section 2 of the model specification.
+        tables of token ids as i32; rows of Engram as stored, since they are decoded at look-up. Shape is the
+        logical one of section 2 of the model specification.
 
         Raises:
             CheckpointError: the checkpoint has no such tensor.
         """
+        spec = self._spec(name)
+        codes = self._part(name, name)
+        if spec.role is Role.ROWS:
+            return codes
+        if codes.dtype is DType.F8E4M3:
+            return decode_fp8(codes, self._part(scale_name(name), name), self.config.weight_block_size)
+        if codes.dtype is DType.F4E2M1X2:
+            return decode_fp4(codes, self._part(scale_name(name), name))
+        return cast(codes, DType.I32) if spec.role is Role.TABLE else codes
+
+    def scale(self, name: str) -> WeightExpr | None:
+        """The scale of a tensor as stored, by the name of the tensor; None where it is stored without.
+
+        Raises:
+            CheckpointError: the checkpoint has no such tensor.
+        """
+        self._spec(name)
+        return self._part(scale_name(name), name) if self.stored_dtype(name) in SCALED else None
+
+    def _spec(self, name: str) -> TensorSpec:
         spec = self.specs.get(name)
         if spec is None:
             raise CheckpointError(
@@ -60,12 +83,7 @@ class Checkpoint:
                 where=str(self.path),
                 allowed="published names, e.g. layers.0.attn.wq_a.weight",
             )
-        codes = self._part(name, name)
-        if codes.dtype is DType.F8E4M3:
-            return decode_fp8(codes, self._part(scale_name(name), name), self.config.weight_block_size)
-        if codes.dtype is DType.F4E2M1X2:
-            return decode_fp4(codes, self._part(scale_name(name), name))
-        return cast(codes, DType.I32) if spec.role is Role.TABLE else codes
+        return spec
 
     def stored_dtype(self, name: str) -> DType:
         """The element type the tensor has in the files; F8E4M3 and F4E2M1X2 have a scale beside them."""
@@ -75,6 +93,54 @@ class Checkpoint:
     def mtp(self) -> dict[str, WeightExpr]:
         """Every tensor of the MTP blocks (`mtp.0.…`), kept for later; empty when the checkpoint has none."""
         return {name: self.weight(name) for name in self.specs if name.startswith("mtp.")}
+
+    # -------------------------------------------------------------------------------- Engram
+
+    @cached_property
+    def token_map(self) -> TokenMap:
+        """[V] int32, token -> class; read at first use.
+
+        Raises:
+            CheckpointError: there is neither a stored map nor a tokenizer.
+            ConfigError: the model has no Engram, or the map another number of classes.
+        """
+        config = engram_config(self.config)
+        table = read_token_map(self.path)
+        with_token_map(config, table, str(self.path))
+        return table
+
+    @cached_property
+    def engram(self) -> EngramConfig:
+        """The Engram layers, `pad` as a class. Raises what `token_map` raises."""
+        return with_token_map(engram_config(self.config), self.token_map, str(self.path))
+
+    def engram_weights(self, layer: int) -> EngramWeights:
+        """The weights of one Engram layer: the table as stored, everything else as `weight` gives it.
+
+        Raises:
+            CheckpointError: the layer has none.
+        """
+
+        def stored(name: str) -> WeightExpr | None:
+            return self._part(name, name) if name in self.origins else None
+
+        config = engram_config(self.config)
+        return layer_weights(config, stored, f"layers.{layer}.engram.", self.config.weight_block_size)
+
+    @property
+    def token_map_weight(self) -> WeightExpr:
+        """`token_map` as an expression over `store`. Raises what `token_map` raises."""
+        return source(SOURCE, DType.I32, self.token_map.shape)
+
+    @cached_property
+    def store(self) -> TensorStore:
+        """What a graph of this checkpoint reads: the files, and with Engram the token map.
+
+        Raises what `token_map` raises.
+        """
+        return Overlay(self.files, {SOURCE: self.token_map}) if self.config.engram else self.files
+
+    # ---------------------------------------------------------------------------------- parts
 
     def _part(self, name: str, weight: str) -> WeightExpr:
         """One stored tensor, or the part of a stack that belongs to the expert named in `weight`."""
@@ -108,7 +174,7 @@ def open_checkpoint(path: str | Path, *, scan: bool = True) -> Checkpoint:
     config = load_config(root)
     files = TensorFiles.open(root)
     try:
-        origins, unknown = resolve(files.tensors, config.n_routed_experts)
+        origins, unknown = resolve(files.tensors, config.n_routed_experts, config.generation)
     except CheckpointError as error:
         error.where = str(root)
         raise
@@ -120,7 +186,7 @@ def open_checkpoint(path: str | Path, *, scan: bool = True) -> Checkpoint:
     tokenizer = root / "tokenizer.json"
     checkpoint = Checkpoint(root, config, files, tokenizer if tokenizer.is_file() else None, specs, origins)
     if scan:
-        _report(root, list(_bad_values(checkpoint)), "tensors hold impossible values")
+        _report(root, list(bad_values(config, files, specs, origins)), "tensors hold impossible values")
     return checkpoint
 
 
@@ -167,7 +233,8 @@ def _problems(
     for name in origins.keys() - specs.keys() - scales:
         yield f"{_spelt(origins[name], name)} has no use in this model{_why(name, specs)}"
     for name in unknown:
-        yield f"{name} is not a name of a DeepSeek-V4 tensor"
+        what = "V4.1" if config.generation is Generation.V41 else "V4"
+        yield f"{name} is not a name of a DeepSeek-{what} tensor"
 
 
 def _why(name: str, specs: dict[str, TensorSpec]) -> str:
@@ -190,14 +257,14 @@ def _check_scale(
     origins: dict[str, Origin],
 ) -> Iterator[str]:  # fmt: skip
     block, scale = config.weight_block_size, scale_name(name)
-    tiles = spec.scale_shape(raw.dtype, block)
+    tiles, allowed = spec.scale_shape(raw.dtype, block), spec.scale_dtypes
     if scale not in origins:
-        yield f"{scale} is missing, {name} is {raw.stored} (allowed: {_names(SCALE_DTYPES)} {list(tiles)})"
+        yield f"{scale} is missing, {name} is {raw.stored} (allowed: {_names(allowed)} {list(tiles)})"
         return
     found = files.tensors[origins[scale].name]
     who = _spelt(origins[scale], scale)
-    if found.dtype not in SCALE_DTYPES:
-        yield f"{who} is {found} (allowed: {_names(SCALE_DTYPES)} {list(tiles)})"
+    if found.dtype not in allowed:
+        yield f"{who} is {found} (allowed: {_names(allowed)} {list(tiles)})"
     elif found.shape != (shape := _stored(origins[scale], tiles, config.n_routed_experts)):
         yield f"{who} is {found} (allowed: {found.stored}{list(shape)})"
     elif origins[scale].half is not Half.ALL and raw.dtype is DType.F8E4M3 and spec.shape[0] % block[0]:
@@ -217,59 +284,3 @@ def _spelt(origin: Origin, name: str) -> str:
 
 def _names(dtypes: tuple[DType, ...]) -> str:
     return " or ".join(d.value for d in dtypes)
-
-
-# -------------------------------------------------------------------------------------- values
-
-
-def _bad_values(checkpoint: Checkpoint) -> Iterator[str]:
-    """One sentence per stored tensor with a scale, parameter or expert id that cannot be."""
-    seen = set()
-    for name, spec in checkpoint.specs.items():
-        scaled = checkpoint.stored_dtype(name) in SCALED
-        checks = [(scale_name(name), _bad_scale)] if scaled else []
-        if spec.role is Role.PRECISE or len(spec.shape) == 1:
-            checks.append((name, _bad_bias if name.endswith(".ffn.gate.bias") else _bad_parameter))
-        for which, check in checks:
-            stored = checkpoint.origins[which].name
-            if stored not in seen and (what := check(checkpoint, stored)):
-                yield f"{stored} {what}"
-            seen.add(stored)
-        if spec.role is Role.TABLE and (what := _bad_table(checkpoint, checkpoint.origins[name].name)):
-            yield f"{checkpoint.origins[name].name} {what}"
-
-
-def _bad_scale(checkpoint: Checkpoint, stored: str) -> str:
-    bits: npt.NDArray[Any] = checkpoint.files.read(stored)
-    if checkpoint.files.tensors[stored].dtype is DType.F8E8M0:
-        return "has a scale code 255, which is NaN (allowed: 0 to 254)" if bits.max() == 255 else ""
-    return (
-        "" if np.isfinite(bits).all() and (bits > 0).all() else "has a scale that is not finite and positive"
-    )
-
-
-def _bad_parameter(checkpoint: Checkpoint, stored: str) -> str:
-    values = decode(checkpoint.files.read(stored), checkpoint.files.tensors[stored].dtype)
-    return "" if np.isfinite(values).all() else "has a value that is NaN or infinite"
-
-
-def _bad_bias(checkpoint: Checkpoint, stored: str) -> str:
-    """A selection bias may be -inf, which takes an expert out of the choice, while enough others remain."""
-    values = decode(checkpoint.files.read(stored), checkpoint.files.tensors[stored].dtype)
-    finite, needed = int(np.isfinite(values).sum()), checkpoint.config.experts_per_token
-    if np.isnan(values).any() or (values == np.inf).any():
-        return "has a value that is NaN or infinite (allowed: finite numbers, and -inf for no choice)"
-    what = f"lets tokens choose among {finite} experts, -inf takes out the others"
-    return "" if finite >= needed else f"{what} (allowed: at least {needed})"
-
-
-def _bad_table(checkpoint: Checkpoint, stored: str) -> str:
-    ids: npt.NDArray[Any] = checkpoint.files.read(stored)
-    experts = checkpoint.config.n_routed_experts
-    bad = np.argwhere((ids < 0) | (ids >= experts))
-    if len(bad):
-        token, slot = bad[0]
-        return f"sends token {token} to expert {ids[token, slot]} (allowed: 0 to {experts - 1})"
-    ordered = np.sort(ids, axis=1)
-    twice = np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1))
-    return f"sends token {twice[0]} to one expert twice (allowed: distinct experts)" if len(twice) else ""

@@ -17,6 +17,7 @@ from dsv4c.ir.graph import Builder, Value
 from dsv4c.ir.types import TensorType, f32, i32
 from dsv4c.ir.weights import WeightExpr
 
+from .architecture import ModelConfig
 from .engram_hash import LayerHash, layer_hashes
 
 HISTORY = "engram.history"
@@ -112,6 +113,30 @@ class EngramConfig:
     @property
     def conv_taps(self) -> int:
         return _RULES[self.variant].conv_taps
+
+
+def engram_config(config: ModelConfig) -> EngramConfig:
+    """The Engram layers of a V4.1 model; `pad` is still a token, `with_token_map` makes it a class.
+
+    Raises:
+        ConfigError: the model has none.
+    """
+    e = config.engram
+    if e is None:
+        raise ConfigError("the model has no Engram layers", where="engram", allowed="engram_layer_ids")
+    return EngramConfig(
+        variant=Variant.PROD,
+        layers=e.layers,
+        table_sizes=(e.table_size,) * (e.max_ngram - 1),
+        heads=e.heads,
+        width=e.width,
+        hidden=config.hidden_size,
+        streams=config.hc_mult,
+        compressed_vocab=e.compressed_vocab,
+        pad=e.pad_token,
+        vocab=config.vocab_size,
+        dead_token=config.vision.image_token if config.vision else -1,
+    )
 
 
 @dataclass(frozen=True)

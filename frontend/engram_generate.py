@@ -21,8 +21,8 @@ from dsv4c.ir.dtypes import Array, DType, F32Array, f32_to_bf16
 from .encode import encode_fp8
 from .engram import EngramConfig, Variant
 from .engram_layer import TILE, config_json, mod_token_map
-from .generate import StoredTensor, write_safetensors
 from .safetensors import SINGLE
+from .stored import StoredTensor, write_safetensors
 from .token_map import FILE, TENSOR
 
 _PAD_TOKEN = 2

@@ -31,7 +31,7 @@ from .engram import (
     token_inputs,
 )
 from .safetensors import TensorFiles, parse_json
-from .token_map import Overlay, TokenMap, read_token_map
+from .token_map import SOURCE, Overlay, TokenMap, read_token_map
 
 MODEL_TYPE = "engram_layer"
 TILE = (32, 32)
@@ -44,12 +44,14 @@ Raw = Callable[[str], WeightExpr | None]
 # ------------------------------------------------------------------------------------ weights
 
 
-def layer_weights(config: EngramConfig, raw: Raw, prefix: str = "") -> EngramWeights:
+def layer_weights(
+    config: EngramConfig, raw: Raw, prefix: str = "", tile: tuple[int, int] = TILE
+) -> EngramWeights:
     """The weights of a layer by the names of its variant.
 
     PROD and TK: `embed.weight` [rows, width] with or without `embed.scale`, `wkv.weight` [(n+1) d, columns
     width] with or without `wkv.scale`, `q_weight` and `k_weight` [n, d], as DeepSeek-V4.1 publishes them
-    under `layers.N.engram.`. DEMO: the module names of the demonstration.
+    under `layers.N.engram.`; one scale of `wkv` covers `tile`. DEMO: the module names of the demonstration.
 
     Raises:
         CheckpointError: a tensor is missing.
@@ -67,7 +69,7 @@ def layer_weights(config: EngramConfig, raw: Raw, prefix: str = "") -> EngramWei
     return EngramWeights(
         table=need("embed.weight"),
         scales=raw(prefix + "embed.scale"),
-        kv=kv if scale is None else decode_fp8(kv, scale, TILE),
+        kv=kv if scale is None else decode_fp8(kv, scale, tile),
         bias=None,
         q_norm=need("q_weight"),
         k_norm=need("k_weight"),
@@ -145,8 +147,8 @@ def load_engram_layer(directory: str | Path) -> Module:
     if config.variant is not Variant.TK:
         table = read_token_map(root)
         config = with_token_map(config, table, str(root))
-        map_ = source("engram.token_map", DType.I32, table.shape)
-        overlay.arrays["engram.token_map"] = table
+        map_ = source(SOURCE, DType.I32, table.shape)
+        overlay.arrays[SOURCE] = table
     module = build_engram_layer(config, layer, layer_weights(config, raw), map_)
     module.store = overlay
     verify(module)

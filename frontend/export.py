@@ -24,10 +24,11 @@ from dsv4c.ir.graph import Module
 from dsv4c.ir.levels import Level
 from dsv4c.ir.weights import TensorStore, WeightExpr, cast, stream
 
+from .architecture import ModelConfig
 from .checkpoint import SHOWN, Checkpoint
-from .config import ModelConfig, parse_config
-from .generate import StoredTensor, write_safetensors
+from .config import parse_config
 from .safetensors import INDEX, STORED, parse_json
+from .stored import StoredTensor, write_safetensors
 from .table import Role, TensorSpec, expected_tensors, scale_name
 
 MAX_SHARD = 5 << 30  # bytes of tensors in one file

@@ -4,6 +4,10 @@ Streams tensor by tensor, so memory stays at one band of rows. A value depends o
 name only: checkpoints that differ in naming, sharding or float format hold the same model. Knows no graph.
 
     python -m dsv4c.frontend.generate OUT --preset small --dtype bf16
+    python -m dsv4c.frontend.generate OUT --config DIR/config.json --layers 4 --sparse
+
+`--sparse` is for sizes: names, shapes and formats are those of a model of any size, but every float is zero
+and a hole of the file, so that hundreds of gigabytes take a few megabytes of disk. Its logits are all equal.
 """
 
 from __future__ import annotations
@@ -11,8 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
@@ -22,13 +26,13 @@ import numpy as np
 from dsv4c.errors import Dsv4cError, UsageError
 from dsv4c.ir.dtypes import Array, DType, F32Array, bf16_to_f32, f32_to_bf16
 
-from .config import LayerKind, ModelConfig, parse_config
+from .architecture import LayerKind, ModelConfig
+from .config import parse_config
 from .encode import encode_fp4, encode_fp8
 from .naming import saved_name, transformers_name
-from .safetensors import INDEX, SINGLE, STORED
+from .safetensors import INDEX, SINGLE, parse_json
+from .stored import Chunks, StoredTensor, write_safetensors
 from .table import SCALED, Role, TensorSpec, expected_tensors, published_dtype, scale_name
-
-Chunks = Callable[[], Iterator[Array]]
 
 _BASE: dict[str, object] = {
     "architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4",
@@ -63,9 +67,6 @@ PRESETS: dict[str, dict[str, object]] = {
 STYLES = ("published", "transformers", "saved")
 FLOATS = {"bf16": DType.BF16, "f16": DType.F16, "f32": DType.F32}
 SCALES = {"e8m0": DType.F8E8M0, "f32": DType.F32}
-_STORED_NAMES = {
-    **{dtype: name for name, dtype in STORED.items()}, DType.F4E2M1X2: "I8",
-}  # fmt: skip
 _TORCH_NAMES = {"published": "bfloat16", "bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 _VALUES: tuple[tuple[str, float, float], ...] = (
@@ -86,7 +87,7 @@ _BAND = 1 << 22  # numbers generated at a time
 def generate_checkpoint(
     directory: str | Path, config: str | Mapping[str, object] = "tiny", *, seed: int = 0,
     style: str = "published", dtype: str = "published", shards: int = 1, scale_dtype: str = "e8m0",
-    mtp: int = 0,
+    mtp: int = 0, layers: int = 0, sparse: bool = False,
 ) -> Path:  # fmt: skip
     """Write a random checkpoint and return its directory.
 
@@ -100,6 +101,9 @@ def generate_checkpoint(
         shards: number of files; more than one come with an index.
         scale_dtype: of FP8 scales, "e8m0" or "f32"; packed FP4 always has E8M0.
         mtp: number of MTP blocks.
+        layers: how many of the first layers to keep; 0 is all.
+        sparse: every float is zero and every code and scale is 0 (F32 scales, which must be positive, are 1);
+            what is zero is a hole. Tables of expert ids are those of `seed`, as rows must be distinct.
 
     Raises:
         UsageError: an argument is none of these, the style cannot express the configuration, or the directory
@@ -114,10 +118,11 @@ def generate_checkpoint(
     root = Path(directory)
     if root.is_dir() and any(root.glob("*.safetensors")):
         raise UsageError("the directory holds weights already", where=str(root), hint="name an empty one")
-    raw = _published_config(config, dtype, scale_dtype, mtp)
+    raw = _published_config(config, dtype, scale_dtype, mtp, layers)
     model = parse_config(raw, "config of the generator")
     written = raw if style == "published" else _transformers_config(raw, model)
     plan = list(_Plan(model, seed, style, dtype, SCALES[scale_dtype]).tensors())
+    plan = [_emptied(t) for t in plan] if sparse else plan
     root.mkdir(parents=True, exist_ok=True)
     _write_text(root / "config.json", json.dumps(written, indent=2) + "\n")
     _write_shards(root, plan, shards)
@@ -134,13 +139,19 @@ def _check(*arguments: tuple[str, str, Sequence[str] | Mapping[str, DType]]) -> 
 
 
 def _published_config(
-    config: str | Mapping[str, object], dtype: str, scale_dtype: str, mtp: int
+    config: str | Mapping[str, object], dtype: str, scale_dtype: str, mtp: int, keep: int
 ) -> dict[str, object]:
     if isinstance(config, str):
         _check(("preset", config, tuple(PRESETS)))
         config = PRESETS[config]
     out = {**_BASE, **config, "num_nextn_predict_layers": mtp, "torch_dtype": _TORCH_NAMES[dtype]}
     ratios, layers = out.get("compress_ratios"), out.get("num_hidden_layers")
+    if keep and isinstance(layers, int):
+        if not 0 < keep <= layers:
+            raise UsageError(f"{keep} layers", allowed=f"1 to {layers}, or 0 for all")
+        hashed, layers = out.get("num_hash_layers", 0), keep
+        out["num_hidden_layers"] = keep
+        out["num_hash_layers"] = min(hashed, keep) if isinstance(hashed, int) else hashed
     if isinstance(ratios, list) and isinstance(layers, int):
         out["compress_ratios"] = [*ratios[:layers], *[0] * mtp]
     if dtype == "published":
@@ -186,20 +197,6 @@ def _transformers_config(raw: dict[str, object], c: ModelConfig) -> dict[str, ob
 
 
 # -------------------------------------------------------------------------------------- values
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor to write: its bytes come from `chunks`, in order, when it is its turn."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    chunks: Chunks
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -287,6 +284,15 @@ class _Plan:
         return codes, scales
 
 
+def _emptied(t: StoredTensor) -> StoredTensor:
+    """`t` with zeros for its numbers, as a hole; expert ids and F32 scales of codes cannot be zero."""
+    if not t.dtype.is_float:
+        return t
+    of_codes = len(t.shape) == 2 and t.name.endswith((".scale", "_scale_inv"))  # others are vectors
+    scale = of_codes and t.dtype is DType.F32
+    return replace(t, chunks=(lambda: iter([np.ones(t.shape, np.float32)])) if scale else None)
+
+
 def _joined(parts: list[Chunks]) -> Chunks:
     return lambda: (chunk for part in parts for chunk in part())
 
@@ -340,51 +346,43 @@ def _write_shards(root: Path, plan: list[StoredTensor], shards: int) -> None:
     )
 
 
-def write_safetensors(file: Path, tensors: Sequence[StoredTensor]) -> None:
-    """Stream tensors into one safetensors file; it appears under its name only when complete."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for t in tensors:
-        end = offset + t.nbytes
-        header[t.name] = {
-            "dtype": _STORED_NAMES[t.dtype],
-            "shape": list(t.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    temporary = file.with_name(file.name + ".part")
-    with temporary.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for t in tensors:
-            written = sum(out.write(np.ascontiguousarray(chunk).data) for chunk in t.chunks())
-            assert written == t.nbytes, t.name
-    temporary.replace(file)
-
-
 def _write_text(file: Path, text: str) -> None:
     temporary = file.with_name(file.name + ".part")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)
 
 
+def _read_config(file: Path) -> dict[str, object]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot be read: {error}", where=str(file), allowed="a config.json") from None
+    return parse_json(text, str(file), UsageError)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser("dsv4c.frontend.generate", description="Write a random checkpoint.")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="tiny")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--preset", choices=tuple(PRESETS), default="tiny")
+    model.add_argument("--config", type=Path, metavar="FILE", help="a published config.json instead")
+    parser.add_argument("--layers", type=int, default=0, metavar="N", help="keep the first N (default: all)")
     parser.add_argument("--style", choices=STYLES, default="published")
     parser.add_argument("--dtype", choices=("published", *FLOATS), default="published")
     parser.add_argument("--scale-dtype", choices=tuple(SCALES), default="e8m0")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--mtp", type=int, default=0)
+    parser.add_argument(
+        "--sparse", action="store_true", help="zeros that take no room on the disk, instead of numbers"
+    )
     a = parser.parse_args(arguments)
     try:
         generate_checkpoint(
-            a.out, a.preset, seed=a.seed, style=a.style, dtype=a.dtype, shards=a.shards,
-            scale_dtype=a.scale_dtype, mtp=a.mtp,
+            a.out, _read_config(a.config) if a.config else a.preset, seed=a.seed, style=a.style,
+            dtype=a.dtype, shards=a.shards, scale_dtype=a.scale_dtype, mtp=a.mtp, layers=a.layers,
+            sparse=a.sparse,
         )  # fmt: skip
     except Dsv4cError as error:
         parser.exit(2, f"error: {error}\n")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from dsv4c.errors import ConfigError
@@ -22,21 +22,28 @@ def is_number(value: Any) -> bool:
 class Keys:
     """One JSON object and where it stands. Each reading method takes one key; null counts as absent.
 
+    Attributes:
+        names: key -> what the file calls it, where that is something else; for errors.
+
     Raises:
         ConfigError: a key without a default is absent, or a value is not what its method allows.
     """
 
     raw: dict[str, object]
     where: str
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def error(self, key: str, found: str, allowed: str) -> ConfigError:
-        return ConfigError(f"key {key!r} is {found}", where=self.where, allowed=allowed)
+        return ConfigError(f"key {self._named(key)!r} is {found}", where=self.where, allowed=allowed)
 
     def missing(self, key: str, allowed: str) -> ConfigError:
-        return ConfigError(f"key {key!r} is missing", where=self.where, allowed=allowed)
+        return ConfigError(f"key {self._named(key)!r} is missing", where=self.where, allowed=allowed)
+
+    def _named(self, key: str) -> str:
+        return self.names.get(key, key)
 
     def unknown(self, key: str, known: Iterable[str]) -> ConfigError:
-        near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(key, sorted(map(self._named, known)), n=1, cutoff=0.5)
         hint = f"the nearest known key is {near[0]!r}" if near else ""
         allowed = "keys of a DeepSeek-V4 configuration; an unknown one could change the result"
         return ConfigError(f"unknown key {key!r}", where=self.where, allowed=allowed, hint=hint)
@@ -81,7 +88,7 @@ class Keys:
 
     def nested(self, key: str, *, required: bool = False) -> Keys:
         value = self.get(key, lambda v: isinstance(v, dict), "an object", REQUIRED if required else {})
-        return Keys(value, f"{self.where}: {key}")
+        return Keys(value, f"{self.where}: {key}", self.names)
 
     def _each(
         self, key: str, values: Iterable[Any], ok: Callable[[Any], bool], allowed: str

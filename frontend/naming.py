@@ -1,8 +1,9 @@
 """Maps the tensor names found in the wild onto the published ones.
 
-Owns three spellings: published (`layers.0.attn.wq_a.weight`), transformers' modules
+Owns three spellings of V4: published (`layers.0.attn.wq_a.weight`), transformers' modules
 (`model.layers.0.self_attn.q_a_proj.weight`, experts stacked) and the mixture its `save_pretrained` writes
-(`model.layers.0.attn.norm.weight`, `head.weight`). Knows names only. Source: model specification, section 2.
+(`model.layers.0.attn.norm.weight`, `head.weight`). V4.1 has the published names, and those which its
+conversion script renames to them. Knows names only. Source: model specifications, section 2.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from functools import cache
 from itertools import product
 
 from dsv4c.errors import CheckpointError
+
+from .architecture import Generation
 
 
 class Half(enum.Enum):
@@ -155,7 +158,41 @@ def _stacks() -> dict[str, tuple[tuple[str, Half], ...]]:
     return out
 
 
-def resolve(names: Iterable[str], experts: int) -> tuple[dict[str, Origin], list[str]]:
+_V41_BLOCK = (
+    "main_proj.weight", "main_proj.scale", "main_norm.weight", "markov_head.embed.weight",
+    "markov_head.head.weight", "confidence_head.proj.weight", "attn.indexer.wk.weight",
+    "attn.indexer.k_norm.weight", "ffn.gate.bias_vl", "engram.embed.weight", "engram.embed.scale",
+    "engram.wkv.weight", "engram.wkv.scale", "engram.q_weight", "engram.k_weight",
+)  # fmt: skip
+_V41_VISION = (
+    "norm1.weight", "norm2.weight", "attn.wqkv.weight", "attn.wqkv.bias", "attn.wo.weight", "attn.wo.bias",
+    "mlp.w1.weight", "mlp.w2.weight",
+)  # fmt: skip
+_V41_TOP = (
+    "image_start", "image_newline", "image_end", "vision.patch_embed.proj.weight",
+    "vision.patch_embed.proj.bias", "vision.norm.weight", "aligner.w1.weight", "aligner.w1.bias",
+    "aligner.w2.weight", "aligner.w2.bias",
+)  # fmt: skip
+"""What V4.1 has beyond the names of V4: in a block, in a block of the image encoder, and beside them."""
+
+_V41_PARTS = {
+    "self_attn": "attn", "mlp": "ffn", "weight_scale_inv": "scale", "e_score_correction_bias": "bias",
+}  # fmt: skip
+"""Part of a name -> the published one, in V4.1 outside of the image encoder."""
+
+
+@cache
+def _v41_names() -> frozenset[str]:
+    """Every published name of V4.1, numbers as `#`, and those of V4, which its table then has no use for."""
+    blocks = {f"{block}.{name}" for block, name in product(("layers.#", "mtp.#"), _V41_BLOCK)}
+    return frozenset(
+        {*_aliases().values(), *blocks, *_V41_TOP, *(f"vision.blocks.#.{name}" for name in _V41_VISION)}
+    )
+
+
+def resolve(
+    names: Iterable[str], experts: int, generation: Generation = Generation.V4
+) -> tuple[dict[str, Origin], list[str]]:
     """Published name -> where it lies, and the stored names that mean nothing to this compiler.
 
     `experts` is the number of published names one stacked tensor stands for.
@@ -169,9 +206,10 @@ def resolve(names: Iterable[str], experts: int) -> tuple[dict[str, Origin], list
         pattern, numbers = _split(stored.removeprefix("model."))
         if pattern in _IGNORED:
             continue
-        if pattern in _aliases():
-            _put(found, _fill(_aliases()[pattern], numbers), Origin(stored))
-        elif pattern in _stacks():
+        meant = _meant_v41(pattern) if generation is Generation.V41 else _aliases().get(pattern)
+        if meant is not None:
+            _put(found, _fill(meant, numbers), Origin(stored))
+        elif generation is Generation.V4 and pattern in _stacks():
             for template, half in _stacks()[pattern]:
                 whole = _fill(template, numbers)
                 for e in range(experts):
@@ -179,6 +217,14 @@ def resolve(names: Iterable[str], experts: int) -> tuple[dict[str, Origin], list
         else:
             unknown.append(stored)
     return found, unknown
+
+
+def _meant_v41(pattern: str) -> str | None:
+    parts = pattern.split(".")
+    if parts[0] != "vision":
+        parts = [_V41_PARTS.get(part, part) for part in parts]
+    name = ".".join(parts)
+    return name if name in _v41_names() else None
 
 
 def _put(found: dict[str, Origin], name: str, origin: Origin) -> None:
@@ -207,7 +253,7 @@ def _fill(template: str, numbers: list[str]) -> str:
 
 
 def transformers_name(published: str) -> str:
-    """The module name of transformers for a published tensor; a single expert keeps its number.
+    """The module name of transformers for a published tensor of V4; a single expert keeps its number.
 
     Raises:
         KeyError: the name is not a published one.

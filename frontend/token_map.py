@@ -21,6 +21,8 @@ from .safetensors import TensorFiles, read_header
 
 FILE = "engram_token_map.safetensors"
 TENSOR = "map"
+SOURCE = "engram.token_map"
+"""The name under which a graph's store serves the map."""
 BROKEN = "\ufffd"
 _BLANK = "\ue000"  # stands for a lone space while the ends are stripped
 

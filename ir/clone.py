@@ -20,6 +20,7 @@ def clone(module: Module, sizes: Mapping[str, int] | None = None) -> Module:
         module.name, module.level, meta=dict(module.meta), store=module.store, assets=dict(module.assets),
         notes=dict(module.notes),
     )  # fmt: skip
+    copy.parts = {name: clone(part, sizes) for name, part in module.parts.items()}
     values: dict[Value, Value] = {}
     for arguments, target in ((module.inputs, copy.inputs), (module.states, copy.states)):
         for name, value in arguments.items():

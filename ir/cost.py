@@ -79,6 +79,7 @@ _PER_ELEMENT = {
     "embed": 0, "repeat_streams": 0, "split_heads": 0, "gather_rows": 0, "positions": 0, "ring_write": 0,
     "entries_append": 0, "dispatch": 0, "rms_norm": 4, "unit_norm": 3, "swiglu": 6, "clamped_swiglu": 8,
     "rotary": 3, "sqrt_softplus": 12, "compress": 8, "split_columns": 0, "norm_rotary": 7, "add_route": 0,
+    "merge_heads": 0, "gelu": 10, "gather_cells": 0, "image_span": 0, "merge_images": 0, "grid_angles": 10,
 }  # fmt: skip
 """Operations per element of the result; exp and its kin count as five."""
 
@@ -144,9 +145,16 @@ def _attention(op: Op, sizes: Sizes) -> Cost:
     return Cost(4 * b * t * heads * d * visible, _weights(op), moved)
 
 
+def _full_attention(op: Op, sizes: Sizes) -> Cost:
+    b, n, heads, d = (_dim(x, sizes) for x in op.operands[0].type.shape)
+    return Cost(4 * b * heads * n * n * d, 0, _data(op, sizes))
+
+
 def _index(op: Op, sizes: Sizes) -> Cost:
     b, t, heads, d = (_dim(x, sizes) for x in op.operands[0].type.shape)
     entries = (sizes.get("past", 0) + t) // int(op.attrs["ratio"])  # type: ignore[arg-type]
+    if len(op.operands) > 5:  # only the entries of some blocks are scored
+        entries = min(entries, _dim(op.operands[5].type.shape[2], sizes) * int(op.attrs["size"]))  # type: ignore[arg-type]
     return Cost(2 * b * t * heads * (d + 1) * entries, 0, 4 * b * (t * heads * d + entries * d))
 
 
@@ -154,7 +162,7 @@ def _border(op: Op, sizes: Sizes) -> Cost:
     """hc_pre and hc_post_pre: the projection, and per stream element its expansion and collapse."""
     streams = op.operands[0]
     n = _dim(streams.type.shape[2], sizes)
-    projection = op.operands[-4].type.shape
+    projection = op.operands[1 if op.name == "hc_pre" else 4].type.shape
     rows = size_of(streams, sizes) // _dim(projection[1], sizes)
     expand = 2 * n + 1 if op.name == "hc_post_pre" else 0
     flops = 2 * rows * prod(_dim(d, sizes) for d in projection) + (expand + 6) * size_of(streams, sizes)
@@ -173,7 +181,8 @@ def _close(op: Op, sizes: Sizes) -> Cost:
 
 _SPECIAL: dict[str, Callable[[Op, Sizes], Cost]] = {
     "linear": _matrix, "grouped_linear": _matrix, "hc_mix": _matrix, "hc_head_mix": _matrix,
-    "expert_mlp": _experts, "attention": _attention, "index_scores": _index, "index_select": _index,
+    "expert_mlp": _experts, "attention": _attention, "full_attention": _full_attention,
+    "index_scores": _index, "index_select": _index, "index_candidates": _index,
     "hc_pre": _border, "hc_post_pre": _border, "entries_close": _close,
 }  # fmt: skip
 

@@ -85,6 +85,14 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -
 """[16] float32: the value of every E2M1 code; bit 3 is the sign."""
 
 
+@cache
+def _e2m1_pairs() -> npt.NDArray[np.uint64]:
+    """[256] the two float32 of every byte of packed E2M1, side by side; one look-up instead of two."""
+    codes = np.arange(256)
+    pairs = np.stack([E2M1[codes & 15], E2M1[codes >> 4]], axis=-1)
+    return pairs.view(np.uint64).reshape(256)
+
+
 def bf16_to_f32(bits: Array) -> F32Array:
     """uint16 BF16 bits -> float32, exact."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
@@ -121,13 +129,13 @@ def decode(bits: Array, dtype: DType) -> Array:
         case DType.F16:
             return bits.astype(np.float32)
         case DType.F8E4M3:
-            return _e4m3_table(False)[bits.view(np.uint8)]
+            return _e4m3_table(False).take(bits.view(np.uint8))
         case DType.F8E4M3FNUZ:
-            return _e4m3_table(True)[bits.view(np.uint8)]
+            return _e4m3_table(True).take(bits.view(np.uint8))
         case DType.F8E8M0:
             return _e8m0_table()[bits.view(np.uint8)]
         case DType.F4E2M1X2:
-            return E2M1[unpack(bits)]
+            return _e2m1_pairs().take(bits.view(np.uint8)).view(np.float32)
         case DType.I4X2:
             return ((unpack(bits) ^ 8).astype(np.int8) - np.int8(8)).astype(np.int8)
         case _:

@@ -27,10 +27,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dsv4c.errors import CompileError
+
 from .dtypes import Array, DType, F32Array, decode, f32_to_bf16, pack
 from .formats import Scheme
 
 Bytes = npt.NDArray[np.uint8]
+Rows = Callable[[slice], Array]
+"""A range of rows of a matrix, both ends given -> its float32 values."""
 
 _TINY = np.float32(2.0**-126)
 _FP8_FLOOR = np.float32(1e-4)
@@ -134,7 +138,7 @@ _SCALES: dict[str, _ScaleRule] = {
 
 
 def _integers(x: F32Array, limit: int) -> npt.NDArray[np.int8]:
-    return np.clip(np.rint(x), -limit, limit).astype(np.int8)
+    return np.clip(np.rint(x, out=x), -limit, limit, out=x).astype(np.int8)
 
 
 _CODES: dict[DType, Callable[[F32Array], Array]] = {
@@ -144,7 +148,26 @@ _CODES: dict[DType, Callable[[F32Array], Array]] = {
     DType.F8E4M3FNUZ: lambda x: fn_to_fnuz(to_e4m3(x * np.float32(2))),
     DType.F4E2M1X2: lambda x: pack(to_e2m1(x)),
 }
-"""Code type -> raw codes of x/scale."""
+"""Code type -> raw codes of x/scale, an array that may be overwritten."""
+
+
+def _to_f16(x: F32Array) -> Array:
+    """The nearest FP16 numbers, ties to even; subnormal or 0 where there is no normal one."""
+    peak = np.abs(x).max(initial=0)
+    if peak >= 65520:  # half way to what would be the next number
+        raise CompileError(
+            f"a magnitude of {peak:.6g} is beyond FP16", allowed="65504, its largest number",
+            hint="keep this class of weights in bf16 or f32, or take other numerics",
+        )  # fmt: skip
+    return x.astype(np.float16)
+
+
+_PLAIN: dict[DType, Callable[[F32Array], Array]] = {
+    DType.F32: lambda x: x,
+    DType.BF16: f32_to_bf16,
+    DType.F16: _to_f16,
+}
+"""Element type of a plain scheme -> raw numbers."""
 
 
 # ----------------------------------------------------------------------------------- tiles
@@ -174,38 +197,52 @@ def bands(rows: int, cols: int, high: int) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def finite(x: F32Array) -> bool:
-    """Whether no value of a matrix is NaN or infinite."""
-    return all(bool(np.isfinite(x[band]).all()) for band in bands(x.shape[0], x.shape[1], 1))
-
-
 # ------------------------------------------------------------------------------ encode, decode
 
 
 def encode(
     x: F32Array, scheme: Scheme, search: bool = False, importance: F32Array | None = None
 ) -> Encoded:
-    """float32 [rows, cols] -> its storage. The values must be finite, packed codes need an even `cols`.
+    """float32 [rows, cols] -> its storage; packed codes need an even `cols`.
 
     Args:
         search: of several largest magnitudes a to make a scale for (see `CLIPS`) keep per block the one with
             the least squared error, the first where errors are equal.
         importance: [cols], what the squared error of a column counts for, e.g. its mean squared input; only
             with `search`.
+
+    Raises:
+        CompileError: a value is NaN or infinite.
     """
-    if scheme.plain:
-        plain = f32_to_bf16(x) if scheme.code is DType.BF16 else np.asarray(x, np.float32)
-        return Encoded(plain, np.empty(0, np.float32))
-    rows, cols = x.shape
-    tile, tensor = scheme.tile(rows, cols), tensor_scale_of(x, scheme)
-    codes = np.empty(scheme.code_shape(rows, cols), scheme.code.storage)
-    assert scheme.scale is not None
+    return encode_rows(lambda band: x[band], x.shape, scheme, search, importance)
+
+
+def encode_rows(
+    read: Rows, shape: tuple[int, ...], scheme: Scheme, search: bool = False,
+    importance: F32Array | None = None, only_scales: bool = False,
+) -> Encoded:  # fmt: skip
+    """`encode` of a matrix [rows, cols] that is read some rows at a time and never there as a whole.
+
+    Args:
+        read: called in order, once per range of rows; once more before that where there is a tensor scale.
+        only_scales: leave the codes out; they are an empty array.
+    """
+    rows, cols = shape
+    codes = np.empty((0, cols) if only_scales else scheme.code_shape(rows, cols), scheme.code.storage)
+    if scheme.scale is None:
+        for band in bands(rows, cols, 1):
+            part = np.asarray(read(band), np.float32)
+            _expect_finite(part)
+            codes[band] = _PLAIN[scheme.code](part)
+        return Encoded(codes, np.empty(0, np.float32))
+    tile, tensor = scheme.tile(rows, cols), tensor_scale_rows(read, shape, scheme)
     scales = np.empty(scheme.scale_shape(rows, cols), scheme.scale.storage)
     for band in bands(rows, cols, tile[0]):
-        part = np.ascontiguousarray(x[band], np.float32)
+        part = np.ascontiguousarray(read(band), np.float32)
         made = _scales(part, scheme, tile, tensor, search, importance)
-        codes[band] = _CODES[scheme.code](_divide(part, made, scheme, tile, tensor))
         scales[band.start // tile[0] : -(-band.stop // tile[0])] = made
+        if not only_scales:
+            codes[band] = _CODES[scheme.code](_divide(part, made, scheme, tile, tensor))
     return Encoded(codes, scales, tensor if scheme.tensor_scale else None)
 
 
@@ -213,21 +250,27 @@ def encode_scales(
     x: F32Array, scheme: Scheme, search: bool = False, importance: F32Array | None = None
 ) -> Array:
     """The scales of `encode`, without making the codes."""
-    rows, cols = x.shape
-    tile, tensor = scheme.tile(rows, cols), tensor_scale_of(x, scheme)
-    parts = [
-        _scales(np.ascontiguousarray(x[band], np.float32), scheme, tile, tensor, search, importance)
-        for band in bands(rows, cols, tile[0])
-    ]
-    return np.concatenate(parts)
+    return encode_rows(lambda band: x[band], x.shape, scheme, search, importance, only_scales=True).scales
 
 
 def tensor_scale_of(x: F32Array, scheme: Scheme) -> F32Array:
     """float32 [1]: A/2688 for schemes that have a tensor scale (1 where that is below 2^-126), else 1."""
+    return tensor_scale_rows(lambda band: x[band], x.shape, scheme)
+
+
+def tensor_scale_rows(read: Rows, shape: tuple[int, ...], scheme: Scheme) -> F32Array:
+    """`tensor_scale_of` a matrix that is read some rows at a time."""
     if not scheme.tensor_scale:
         return np.ones(1, np.float32)
-    peaks = [np.abs(x[band]).max(initial=0) for band in bands(x.shape[0], x.shape[1], 1)]
-    return _quotient(np.array([max(peaks, default=0)], np.float32), 448 * 6)
+    parts = (np.asarray(read(band), np.float32) for band in bands(shape[0], shape[1], 1))
+    peak = np.max(np.array([0, *(np.abs(part).max(initial=0) for part in parts)], np.float32), keepdims=True)
+    _expect_finite(peak)
+    return _quotient(peak, 448 * 6)
+
+
+def _expect_finite(x: F32Array) -> None:
+    if not np.isfinite(x).all():
+        raise CompileError("a value to encode is NaN or infinite", allowed="finite numbers")
 
 
 def decode_matrix(codes: Array, scales: Array, tensor_scale: Array | None, scheme: Scheme) -> F32Array:
@@ -268,6 +311,7 @@ def _scales(
     importance: F32Array | None,
 ) -> Array:  # fmt: skip
     peak = tile_max(x, tile)
+    _expect_finite(peak)  # as all values are then
     if not search:
         return _SCALES[scheme.name](peak, tensor)
     best: Array | None = None

@@ -68,6 +68,7 @@ SCHEMES: dict[str, Scheme] = {
     for s in (
         Scheme("f32", DType.F32, None),
         Scheme("bf16", DType.BF16, None),
+        Scheme("fp16", DType.F16, None),
         Scheme("int8", DType.I8, DType.F32, (1, 0)),
         Scheme("int4", DType.I4X2, DType.BF16, (1, 32), 2),
         Scheme("int4_g64", DType.I4X2, DType.BF16, (1, 64), 2),

@@ -141,6 +141,8 @@ class Module:
         meta: facts of the checkpoint that the runtime needs (JSON values).
         store: where the weights' bytes come from; None for graphs read from text.
         assets: files that travel into the artifact unchanged, such as the tokenizer.
+        parts: other programs of the same artifact by name, such as the image encoder; each a module without
+            parts, over the same store.
         notes: what passes tell the report, by the name of the pass (JSON values); no part of the text.
     """
 
@@ -153,6 +155,7 @@ class Module:
     meta: dict[str, object] = field(default_factory=dict)
     store: TensorStore | None = None
     assets: dict[str, bytes] = field(default_factory=dict)
+    parts: dict[str, Module] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self) -> dict[str, Value]:

@@ -150,6 +150,8 @@ def stored_as(x: WeightExpr) -> WeightExpr:
 def keeps_values(x: WeightExpr, scheme: Scheme) -> bool:
     """Whether `requantised` gives the same values: the same scheme, an exact recoding, or a wider type."""
     if scheme.plain:
+        if scheme.code is DType.F16:
+            return stored_as(x).dtype is DType.F16
         return scheme.code is DType.F32 or is_bf16(x)
     held = packed_form(x)
     return held is not None and (held.scheme is scheme or (held.scheme.name, scheme.name) in EXACT)
@@ -158,7 +160,7 @@ def keeps_values(x: WeightExpr, scheme: Scheme) -> bool:
 def requantised(
     x: WeightExpr, scheme: q.Named, search: bool = False, importance: WeightExpr | None = None
 ) -> WeightExpr:
-    """`x` with every matrix below its stacks and joins stored in `scheme`, as f32 (bf16 for "bf16").
+    """`x` with every matrix below its stacks and joins stored in `scheme`, as f32 (plain types as themselves).
 
     A matrix that is stored so already stays; one that `EXACT` can recode is recoded; any other is encoded.
 

@@ -14,11 +14,12 @@ from dsv4c.errors import CompileError, IRError, unknown
 
 from . import encode
 from .attrs import Attr
-from .dtypes import Array, DType, F32Array
+from .dtypes import Array, DType
 from .dtypes import decode as numbers
 from .expr import WeightExpr, describe, expect
 from .formats import SCHEMES, Scheme
 from .recode import EXACT
+from .rows import Whole, rows_of
 
 Named = Scheme | str
 
@@ -150,29 +151,39 @@ def _pair(old: str, new: str, x: WeightExpr) -> tuple[str, str]:
 # -------------------------------------------------------------------------------- evaluation
 
 
-def _input(x: WeightExpr, args: list[Array]) -> tuple[F32Array, F32Array | None]:
-    """The values to encode and what the columns count for; refuses what no scheme can hold."""
-    values = np.asarray(numbers(args[0], x.args[0].dtype), np.float32)
-    if not encode.finite(values):
-        raise CompileError(
-            "a value to encode is NaN or infinite", where=describe(x), allowed="finite numbers"
-        )
-    importance = np.asarray(numbers(args[1], x.args[1].dtype), np.float32) if len(args) > 1 else None
-    return values, importance
+def encoded(x: WeightExpr, whole: Whole) -> encode.Encoded:
+    """What an operation of `ENCODINGS` makes: of `encode_codes` all parts, of the others the part they name.
+
+    Raises:
+        CompileError: a value is NaN or infinite.
+    """
+    values, scheme = x.args[0], scheme_of(x)
+    raw = rows_of(values, whole)
+    importance = None
+    if len(x.args) > 1:
+        importance = np.asarray(numbers(whole(x.args[1]), x.args[1].dtype), np.float32)
+
+    def read(band: slice) -> Array:
+        return numbers(raw(band), values.dtype)
+
+    try:
+        if x.op == "encode_tensor_scale":
+            none = np.empty(0, np.float32)
+            return encode.Encoded(none, none, encode.tensor_scale_rows(read, values.shape, scheme))
+        search, only_scales = x.attr("search") is True, x.op == "encode_scales"
+        return encode.encode_rows(read, values.shape, scheme, search, importance, only_scales)
+    except CompileError as error:
+        error.where = error.where or describe(x)
+        raise
 
 
-def _encode_codes(x: WeightExpr, args: list[Array]) -> Array:
-    values, importance = _input(x, args)
-    return encode.encode(values, scheme_of(x), x.attr("search") is True, importance).codes
-
-
-def _encode_scales(x: WeightExpr, args: list[Array]) -> Array:
-    values, importance = _input(x, args)
-    return encode.encode_scales(values, scheme_of(x), x.attr("search") is True, importance)
-
-
-def _encode_tensor_scale(x: WeightExpr, args: list[Array]) -> Array:
-    return encode.tensor_scale_of(_input(x, args)[0], scheme_of(x))
+def encoded_part(x: WeightExpr, whole: Whole) -> Array:
+    """The raw storage of an operation of `ENCODINGS`."""
+    made = encoded(x, whole)
+    if x.op == "encode_tensor_scale":
+        assert made.tensor_scale is not None
+        return made.tensor_scale
+    return made.codes if x.op == "encode_codes" else made.scales
 
 
 def _decode(x: WeightExpr, args: list[Array]) -> Array:
@@ -192,12 +203,10 @@ def encoded_from(x: WeightExpr) -> WeightExpr | None:
     return codes if len(codes.args) == 1 or codes.args[1] is others[0].args[1] else None
 
 
-def round_trip(codes: WeightExpr, args: list[Array]) -> Array:
-    """What the decode of `encoded_from` gives; `args` are the operands of its `encode_codes`."""
-    values, importance = _input(codes, args)
-    scheme = scheme_of(codes)
-    made = encode.encode(values, scheme, codes.attr("search") is True, importance)
-    return encode.decode_matrix(made.codes, made.scales, made.tensor_scale, scheme)
+def round_trip(codes: WeightExpr, whole: Whole) -> Array:
+    """What the decode of `encoded_from` gives, from its `encode_codes`."""
+    made = encoded(codes, whole)
+    return encode.decode_matrix(made.codes, made.scales, made.tensor_scale, scheme_of(codes))
 
 
 def _recode(part: str) -> Callable[[WeightExpr, list[Array]], Array]:
@@ -217,15 +226,16 @@ def _recode(part: str) -> Callable[[WeightExpr, list[Array]], Array]:
     return evaluate
 
 
-QUANTISED_OPS: dict[str, Callable[[WeightExpr, list[Array]], Array]] = {
-    "encode_codes": _encode_codes,
-    "encode_scales": _encode_scales,
-    "encode_tensor_scale": _encode_tensor_scale,
+ENCODINGS = frozenset({"encode_codes", "encode_scales", "encode_tensor_scale"})
+"""What `encoded_part` evaluates, some rows at a time."""
+
+QUANTISED_OPS: dict[str, Callable[[WeightExpr, list[Array]], Array] | None] = {
+    **dict.fromkeys(ENCODINGS),
     "decode": _decode,
     "recode_codes": _recode("codes"),
     "recode_scales": _recode("scales"),
 }
-"""The weight operations of this module and how they are evaluated on raw storage arrays."""
+"""The weight operations of this module and how they are evaluated on raw storage arrays; see `ENCODINGS`."""
 
 CONSTRUCTORS: dict[str, Callable[..., WeightExpr]] = {
     "encode_codes": encode_codes, "encode_scales": encode_scales,

@@ -94,7 +94,9 @@ def token_count(tokens: Value) -> int:
     """The smallest table that the token ids index; 16 when none does."""
     sizes = []
     for op, index in tokens.uses:
-        table = op.operands[index + 1].producer if index + 1 < len(op.operands) else None
+        names = op.definition.operands
+        indexed = index + 1 < len(op.operands) and names[index + 1] in ("table", "map")
+        table = op.operands[index + 1].producer if indexed else None
         if table is not None and table.weight is not None:
             sizes.append(table.weight.shape[0])
     return min(sizes, default=16)

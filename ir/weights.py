@@ -15,13 +15,16 @@ import numpy as np
 from dsv4c.errors import CompileError
 
 from .dtypes import Array, DType, F32Array, decode, f32_to_bf16
+from .encode import Encoded
 from .expr import TensorStore as TensorStore
 from .expr import WeightExpr as WeightExpr
 from .expr import describe as describe
 from .expr import expect
 from .layouts import LAYOUT_OPS
 from .maps import MAP_OPS
-from .quantised import QUANTISED_OPS, encoded_from, round_trip
+from .quantised import ENCODINGS, QUANTISED_OPS, encoded_from, encoded_part, round_trip
+from .quantised import encoded as both_parts
+from .rows import rows_of
 from .tables import reroute_table
 
 # ------------------------------------------------------------------------------ constructors
@@ -148,26 +151,6 @@ def rope_frequencies(
 # -------------------------------------------------------------------------------- evaluation
 
 
-def _decode_fp8(x: WeightExpr, args: list[Array]) -> Array:
-    block = x.attr("block")
-    assert isinstance(block, tuple)
-    values = decode(args[0], x.args[0].dtype)
-    scale = decode(args[1], x.args[1].dtype)
-    out = np.empty(x.shape, np.float32)
-    for i in range(scale.shape[0]):  # one band of tiles at a time keeps the temporaries small
-        band = slice(i * int(block[0]), (i + 1) * int(block[0]))
-        columns = np.repeat(scale[i], int(block[1]))[: x.shape[1]]
-        out[band] = values[band] * columns
-    return out
-
-
-def _decode_fp4(x: WeightExpr, args: list[Array]) -> Array:
-    values = decode(args[0], DType.F4E2M1X2)
-    scale = decode(args[1], x.args[1].dtype)
-    columns = np.repeat(scale, 32, axis=1)[:, : x.shape[1]]
-    return np.multiply(values, columns, dtype=np.float32)
-
-
 def _cast(x: WeightExpr, args: list[Array]) -> Array:
     source_dtype, values = x.args[0].dtype, decode(args[0], x.args[0].dtype)
     if x.dtype is DType.F32:
@@ -239,11 +222,11 @@ def _int(x: WeightExpr, name: str) -> int:
 _Evaluate = Callable[[WeightExpr, list[Array]], Array]
 WEIGHT_OPS: dict[str, _Evaluate | None] = {
     "source": None,
-    "decode_fp8": _decode_fp8,
-    "decode_fp4": _decode_fp4,
+    "decode_fp8": None,
+    "decode_fp4": None,
     "cast": _cast,
     "take": lambda x, a: a[0][_int(x, "index")],
-    "rows": lambda x, a: a[0][_int(x, "start") : _int(x, "stop")],
+    "rows": None,
     "concat": lambda x, a: np.concatenate(a),
     "stack": lambda x, a: np.stack(a),
     "transpose": lambda x, a: np.swapaxes(a[0], -1, -2),
@@ -256,7 +239,7 @@ WEIGHT_OPS: dict[str, _Evaluate | None] = {
     **LAYOUT_OPS,
     **MAP_OPS,
 }
-"""Every weight operation and how it is evaluated on raw storage arrays."""
+"""Every weight operation and how it is evaluated on raw storage arrays; None where `materialise` says how."""
 
 
 def materialise(x: WeightExpr, store: TensorStore) -> Array:
@@ -268,11 +251,28 @@ def materialise(x: WeightExpr, store: TensorStore) -> Array:
     """
     if x.op == "source":
         return store.read(str(x.attr("name")))
+
+    def whole(y: WeightExpr) -> Array:
+        return materialise(y, store)
+
+    if x.op in ENCODINGS:
+        return encoded_part(x, whole)
     if encoding := encoded_from(x):
-        return round_trip(encoding, [materialise(a, store) for a in encoding.args])
+        return round_trip(encoding, whole)
+    if x.op in ("rows", "decode_fp8", "decode_fp4"):
+        return rows_of(x, whole)(slice(0, x.shape[0]))
     evaluate = WEIGHT_OPS[x.op]
     assert evaluate is not None
     return np.asarray(evaluate(x, [materialise(a, store) for a in x.args]))
+
+
+def encoded(x: WeightExpr, store: TensorStore) -> Encoded:
+    """Codes and scales of an `encode_codes`, from one reading of its values.
+
+    Raises:
+        CompileError: a value is NaN or infinite.
+    """
+    return both_parts(x, lambda y: materialise(y, store))
 
 
 def stream(x: WeightExpr, store: TensorStore) -> Iterator[Array]:

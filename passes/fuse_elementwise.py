@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from math import inf
 from typing import ClassVar
 
-from dsv4c.ir.graph import Builder, Op, Value
+from dsv4c.ir.graph import Builder, Module, Op, Value
 from dsv4c.ir.levels import Level
-from dsv4c.ir.rewrite import Bindings, Pat, Rule, any_
+from dsv4c.ir.rewrite import Bindings, Pat, Rule, any_, apply_rules
 
 from .base import Pass
+from .merge_projections import rewire
 
 
 def _limits(bindings: Bindings, op: Op) -> str:
@@ -48,6 +49,24 @@ INDEX_SELECT = Rule(
 )
 
 
+def _restricted_select(b: Builder, bindings: Bindings, op: Op) -> Value:
+    scores, restrict = bindings["scores"].producer, bindings["restricted"].producer
+    assert scores is not None and restrict is not None
+    attrs = {name: scores.attrs[name] for name in ("ratio", "rounding")}
+    size = restrict.attrs["size"]
+    return b.op("index_select", *scores.operands, bindings["blocks"], k=op.attrs["k"], size=size, **attrs)
+
+
+RESTRICTED_SELECT = Rule(
+    "restricted_select",
+    Pat("index_topk", (
+        Pat("index_restrict", (Pat("index_scores", bind="scores", single_use=True), any_("blocks")),
+            "restricted", single_use=True),
+    )),
+    _restricted_select,
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class FuseSwiglu(Pass):
     """clamp, clamp, swiglu -> clamped_swiglu; exact."""
@@ -61,10 +80,38 @@ class FuseSwiglu(Pass):
 
 @dataclass(frozen=True)
 class FuseIndexSelect(Pass):
-    """index_scores, index_topk -> index_select, so that no score per entry is kept; exact."""
+    """index_scores, index_topk -> index_select, so that no score per entry is kept; exact.
+
+    With index_restrict between them the restriction is part of the op, which then scores nothing outside the
+    blocks; where candidate_blocks reads the same scores the three become index_candidates.
+    """
 
     name: ClassVar[str] = "fuse_index_select"
     doc: ClassVar[str] = "select index entries without keeping every score"
     takes: ClassVar[frozenset[Level]] = frozenset({Level.MODEL, Level.FUSED})
     gives: ClassVar[Level | None] = Level.FUSED
-    rules: ClassVar[tuple[Rule, ...]] = (INDEX_SELECT,)
+    rules: ClassVar[tuple[Rule, ...]] = (INDEX_SELECT, RESTRICTED_SELECT)
+
+    def run(self, module: Module) -> int:
+        made = 0
+        for scores in [op for op in module.ops if op.name == "index_scores"]:
+            readers = {op.name: op for op in scores.result.users()}
+            pair = set(readers) == {"index_topk", "candidate_blocks"} and len(scores.result.uses) == 2
+            if not pair or scores.attrs["rounding"] != "none" or scores.result in module.output_values():
+                continue
+            _fuse_candidates(module, scores, readers["index_topk"], readers["candidate_blocks"])
+            made += 1
+        return made + apply_rules(module, self.rules)
+
+
+def _fuse_candidates(module: Module, scores: Op, topk: Op, blocks: Op) -> None:
+    """Replace the three ops by one in place of the first reader; the dead ones are removed later."""
+    builder = Builder(Module(module.name))
+    builder.loc = scores.loc
+    made = builder.multi(
+        "index_candidates", *scores.operands, ratio=scores.attrs["ratio"], k=topk.attrs["k"],
+        size=blocks.attrs["size"], count=blocks.attrs["count"],
+    )  # fmt: skip
+    module.ops.insert(module.ops.index(scores) + 1, made)
+    for old, new in zip((topk.result, blocks.result), made.results, strict=True):
+        rewire(module, old, new)

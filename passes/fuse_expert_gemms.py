@@ -71,6 +71,10 @@ def _to_bf16(x: Pat) -> Pat:
     return _round(x, "bf16")
 
 
+def _to_fp16(x: Pat) -> Pat:
+    return _round(x, "fp16")
+
+
 def _expert_of(product: Callable[[Pat], Pat], hidden: Callable[[Pat], Pat]) -> Pat:
     """A clamped SwiGLU MLP whose products and hidden values pass through the given roundings."""
     return product(Pat("linear", (
@@ -89,6 +93,8 @@ _EXPERTS = {
     "none": _expert_of(_as_is, _as_is),
     "bf16": _expert_of(_to_bf16, _to_bf16),
     "e4m3": _expert_of(_to_bf16, lambda x: _round(_to_bf16(x), "e4m3", 128)),
+    "fp16": _expert_of(_to_fp16, _to_fp16),
+    "mxfp8": _expert_of(_as_is, lambda x: _round(x, "e4m3", 32)),
 }
 """What an expert looks like, by the `rounding` of the `expert_mlp` that it becomes."""
 

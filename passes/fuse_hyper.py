@@ -7,23 +7,18 @@ from typing import ClassVar
 
 from dsv4c.ir.graph import Builder, Module, Op, Value
 from dsv4c.ir.levels import Level
-from dsv4c.ir.rewrite import Pat, any_, match
 
 from .base import Pass
 from .cleanup import EliminateDeadCode
 from .merge_projections import rewire, unusual
 
-_PRE = Pat("rms_norm", (
-    Pat("hc_collapse", (
-        any_("streams"), Pat("hc_mix", (any_("streams"), any_("fn"), any_("base"), any_("scale")), "pre"),
-    ), single_use=True),
-    any_("w"),
-))  # fmt: skip
-
 
 @dataclass(frozen=True)
 class FuseHyper(Pass):
     """hc_mix, hc_collapse, rms_norm -> hc_pre, and with the hc_expand before them hc_post_pre; exact.
+
+    The streams may be collapsed by other weights than those of the mix, as in V4.1, where they come from the
+    mix before.
 
     Attributes:
         expand: whether to take in the expansion of the sub-layer before.
@@ -61,19 +56,27 @@ def _of_streams(norm: Op) -> bool:
 
 
 def recognise(norm: Op, order: dict[Op, int]) -> Op | str:
-    """The hc_mix whose collapse `norm` normalises, or why the three cannot be one."""
-    outcome = match(_PRE, norm.result)
-    if outcome.bindings is None:
-        return outcome.reason
-    mix = outcome.bindings["pre"].producer
-    assert mix is not None
-    if outcome.bindings["pre"] is not mix.results[0]:
+    """The hc_mix of the streams whose collapse `norm` normalises, or why the three cannot be one."""
+    if not _of_streams(norm):
+        return "it normalises no collapsed streams"
+    collapse = norm.operands[0].producer
+    assert collapse is not None
+    if len(collapse.result.uses) > 1:
+        return f"the collapsed streams have {len(collapse.result.uses)} readers"
+    streams, pre = collapse.operands
+    mix = pre.producer
+    if mix is None or mix.name != "hc_mix" or mix.operands[0] is not streams:
+        mixes = [op for op in streams.users() if op.name == "hc_mix" and order[op] < order[norm]]
+        if len(mixes) != 1:
+            return f"the streams are collapsed by weights from outside and mixed {len(mixes)} times"
+        mix = mixes[0]
+    elif pre is not mix.results[0]:
         return "the streams are collapsed by other weights than the mix gives"
-    if len(mix.results[0].uses) > 1:
+    elif len(pre.uses) > 1:
         return "the collapse weights have other readers"
     if reason := unusual(mix, "eps", "norm_eps", "iters") or unusual(norm, "eps"):
         return reason
-    return _too_early(mix.results[1:], norm, order) or mix
+    return _too_early(mix.results if pre is not mix.results[0] else mix.results[1:], norm, order) or mix
 
 
 def _too_early(values: list[Value], norm: Op, order: dict[Op, int]) -> str:
@@ -96,12 +99,15 @@ def _replace(module: Module, norm: Op, mix: Op, expand: Op | None) -> list[Op]:
     builder = Builder(Module(module.name))
     builder.loc = mix.loc
     attrs = {**mix.attrs, "out_eps": norm.attrs["eps"]}
-    parameters = (*mix.operands[1:], norm.operands[1])
+    pre = norm.operands[0].producer.operands[1]  # type: ignore[union-attr]
+    other = pre is not mix.results[0]
+    parameters = (*mix.operands[1:], norm.operands[1], *([pre] if other else []))
     if expand is None:
         results = builder.multi("hc_pre", mix.operands[0], *parameters, **attrs).results
     else:
         streams, *results = builder.multi("hc_post_pre", *expand.operands, *parameters, **attrs).results
         rewire(module, expand.result, streams)
-    for old, new in zip((norm.result, *mix.results[1:]), results, strict=True):
+    replaced = [norm.result, *mix.results[1:], *([mix.results[0]] if other else [])]
+    for old, new in zip(replaced, results, strict=True):
         rewire(module, old, new)
     return builder.module.ops

@@ -17,7 +17,10 @@ from dsv4c.ir.weights import WeightExpr
 
 from .base import Pass
 
-_STORAGE = ("auto", "f32", "packed", "int8")
+_STORAGE = ("auto", "f32", "packed", "int8", "fp8", "fp16")
+
+_KEPT = {"int8": frozenset({"int8"}), "fp8": frozenset({"fp8", "fp8_f32", "mxfp8", "mxfp4"})}
+"""Storage -> the only schemes that stay codes and scales under it."""
 
 _MATRIX_READERS = frozenset({"linear", "grouped_linear", "expert_mlp", "expert_statistics", "embed"})
 
@@ -39,9 +42,10 @@ class NarrowWeights(Pass):
     power of two) and that nothing but matrix products and embeddings reads are stored as BF16 under
     `storage="auto"`; everything else, and everything under `storage="f32"`, as F32. `storage="packed"` is
     "auto" but for weights that have a packed form and that only `PACKED_READERS` read: they stay codes and
-    scales, an f32 expression whose `packed_form` tells how it is stored. `storage="int8"` is "f32" but for
-    weights in the scheme int8, for targets that compute from no other codes. Values do not change: emission
-    checks each cast.
+    scales, an f32 expression whose `packed_form` tells how it is stored. `storage="int8"` and
+    `storage="fp8"` are "f32" but for such weights in the scheme int8, or with E4M3 or E2M1 codes (fp8,
+    fp8_f32, mxfp8, mxfp4), and `storage="fp16"` but for matrices of FP16 numbers: for targets that compute
+    from nothing else. Values do not change: emission checks each cast.
     """
 
     name: ClassVar[str] = "narrow_weights"
@@ -59,10 +63,12 @@ class NarrowWeights(Pass):
             assert op.weight is not None
             if not op.weight.dtype.is_float or _is_table(op):
                 continue
-            if stays_packed(op) and self.storage in ("packed", _scheme(op)):
+            if stays_packed(op) and (self.storage == "packed" or _scheme(op) in _KEPT.get(self.storage, ())):
                 continue
             matrix = all(reads_matrix(user, index) for user, index in op.result.uses)
-            narrow = self.storage not in ("f32", "int8") and matrix and is_bf16(op.weight)
+            if self.storage == "fp16" and matrix and op.weight.dtype is DType.F16:
+                continue
+            narrow = self.storage in ("auto", "packed") and matrix and is_bf16(op.weight)
             wanted = store_as(op.weight, DType.BF16 if narrow else DType.F32)
             changed += not wanted.same(op.weight)
             op.weight = wanted

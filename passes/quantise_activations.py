@@ -1,14 +1,15 @@
-"""Rounding points in front of matrix products whose weights are integers, so that both factors are.
+"""Rounding points in front of matrix products whose weights are narrow numbers, so that both factors are.
 
-Knows which linears qualify; what a rounding point does is the op `round_values`.
+Knows which products qualify; what a rounding point does is the op `round_values`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from dsv4c.errors import PassError, unknown
+from dsv4c.ir.dtypes import DType
 from dsv4c.ir.graph import Builder, Module, Op, Value
 from dsv4c.ir.levels import Level
 from dsv4c.ir.packed import packed_form
@@ -19,36 +20,55 @@ from .weight_classes import weight_class
 
 @dataclass(frozen=True)
 class Rule:
-    """How inputs are rounded (`round_values`), and in front of weights of which scheme.
+    """How inputs are rounded (`round_values`), and in front of weights of which schemes.
 
     Attributes:
-        around: the rule that inputs are rounded by before that, and results after; "" for neither.
+        weights: names of `ir.formats.SCHEMES`.
+        before: the rule that inputs are rounded by ahead of that; "" for none.
+        after: the rule that results are rounded by; "" for none.
+        experts: what `expert_mlp.rounding` calls the same roundings in routed experts; "" leaves those alone.
+        ops: the products that take part.
     """
 
     rounding: str
     block: int
-    weights: str
-    around: str = ""
+    weights: frozenset[str]
+    before: str = ""
+    after: str = ""
+    experts: str = ""
+    ops: frozenset[str] = frozenset({"linear"})
 
 
-RULES = {"int8_token": Rule("int8", 0, "int8"), "int8_token_bf16": Rule("int8", 0, "int8", "bf16")}
+_INT8 = frozenset({"int8"})
+
+RULES = {
+    "int8_token": Rule("int8", 0, _INT8),
+    "int8_token_bf16": Rule("int8", 0, _INT8, before="bf16", after="bf16"),
+    "mxfp8": Rule("e4m3", 32, frozenset({"fp8", "fp8_f32", "mxfp8", "mxfp4"}), experts="mxfp8"),
+    "fp16": Rule(
+        "fp16", 0, frozenset({"fp16"}), after="fp16", experts="fp16",
+        ops=frozenset({"linear", "grouped_linear"}),
+    ),
+}  # fmt: skip
 """Rule by name. With `int8_token` one scale covers a token's whole input row and one a whole weight row, so a
 product is the int32 dot product of the codes times two scales. `int8_token_bf16` is the same for devices that
-quantise from BF16 and whose product of codes gives BF16."""
+quantise from BF16 and whose product of codes gives BF16. `mxfp8` rounds inputs to E4M3 with a power of two
+for every 32 channels (specification 3.2 with smaller blocks); like the published code it leaves the input of
+the grouped product alone. `fp16` is a product of FP16 numbers whose result is one."""
 
 
 @dataclass(frozen=True)
 class QuantiseActivations(Pass):
-    """Rounds the input of every `linear` whose weight is stored in the rule's scheme.
+    """Rounds the inputs of every product whose weight is stored in one of the rule's schemes.
 
-    Linears that read one value share one rounding. The experts' are left out: their inner product would
-    need a rounding in the middle of what `fuse_expert_gemms` makes one op of.
+    Products that read one value share one rounding. Routed experts take part only under rules that say what
+    `fuse_expert_gemms` is to make of them; their rows are rounded before they are dispatched.
 
     Notes: `linears`, how many read rounded inputs, and `roundings`, how many ops that took.
     """
 
     name: ClassVar[str] = "quantise_activations"
-    doc: ClassVar[str] = "round the inputs of linear maps whose weights are integers"
+    doc: ClassVar[str] = "round the inputs of matrix products whose weights are narrow numbers"
     takes: ClassVar[frozenset[Level]] = frozenset({Level.MODEL, Level.FUSED})
     rule: str = "int8_token"
 
@@ -58,44 +78,87 @@ class QuantiseActivations(Pass):
     def run(self, module: Module) -> int:
         if self.rule not in RULES:
             raise unknown("rule", self.rule, RULES, PassError, self.name)
-        rule, rounded, linears = RULES[self.rule], dict[Value, Value](), 0
-        ops: list[Op] = []
+        run = _Run(module, RULES[self.rule])
         for op in module.ops:
-            if op.name == "linear" and _qualifies(op, rule):
-                x = op.operands[0]
-                if not _is_rounded(x, rule):
-                    if x not in rounded:
-                        made = _rounded(x, rule, op.loc)
-                        rounded[x] = made[-1].result
-                        ops += made
-                    op.set_operand(0, rounded[x])
-                    ops.append(op)
-                    ops += _results_rounded(op, rule, module)
-                    linears += 1
-                    continue
-            ops.append(op)
-        module.ops = ops
-        module.notes[self.name] = {"linears": linears, "roundings": len(rounded)}
-        return linears
+            run.take(op)
+        module.ops = run.ops
+        module.notes[self.name] = {"linears": run.linears, "roundings": len(run.rounded)}
+        return run.linears
+
+
+@dataclass
+class _Run:
+    """One run over a module.
+
+    Attributes:
+        rounded: a value -> what it is rounded to.
+        dispatches: those whose rows have become rounded.
+        ops: the module's, with roundings between them.
+    """
+
+    module: Module
+    rule: Rule
+    rounded: dict[Value, Value] = field(default_factory=dict)
+    dispatches: set[Op] = field(default_factory=set)
+    ops: list[Op] = field(default_factory=list)
+    linears: int = 0
+
+    def take(self, op: Op) -> None:
+        rule, results = self.rule, False
+        if op.name == "dispatch" and self._feeds_products(op):
+            self._round_input(op)
+            self.dispatches.add(op)
+        elif op.name == "expert_mlp" and _experts_qualify(op, rule):
+            self._round_input(op)
+            op.attrs["rounding"] = rule.experts
+            self.linears += 1
+        elif op.name in rule.ops and _qualifies(op, rule):
+            source = op.operands[0].producer
+            if source in self.dispatches:
+                results = True
+            elif not _is_rounded(op.operands[0], rule) and not _is_rounded_dispatch(source, rule):
+                self._round_input(op)
+                results = True
+        self.ops.append(op)
+        if results:
+            self.ops += _results_rounded(op, rule, self.module)
+            self.linears += 1
+
+    def _round_input(self, op: Op) -> None:
+        x = op.operands[0]
+        if x not in self.rounded:
+            made = _rounded(x, self.rule, op.loc)
+            self.rounded[x] = made[-1].result
+            self.ops += made
+        op.set_operand(0, self.rounded[x])
+
+    def _feeds_products(self, dispatch: Op) -> bool:
+        """Whether nothing but products that qualify reads the rows, which are not rounded yet."""
+        readers = [use for rows in dispatch.results[::2] for use in rows.uses]
+        return (
+            bool(readers)
+            and not _is_rounded(dispatch.operands[0], self.rule)
+            and all(at == 0 and op.name == "linear" and _qualifies(op, self.rule) for op, at in readers)
+        )
 
 
 def _rounded(x: Value, rule: Rule, loc: str) -> list[Op]:
     """The ops that round an input, the last one as the rule says."""
     scratch = Builder(Module("scratch"))
     scratch.loc = loc
-    before = scratch.op("round_values", x, rule=rule.around) if rule.around else x
+    before = scratch.op("round_values", x, rule=rule.before) if rule.before else x
     scratch.op("round_values", before, rule=rule.rounding, block=rule.block)
     return scratch.module.ops
 
 
 def _results_rounded(op: Op, rule: Rule, module: Module) -> list[Op]:
-    """What rounds the result of a linear, now read in its place."""
-    if not rule.around:
+    """What rounds the result of a product, now read in its place."""
+    if not rule.after:
         return []
     readers, outputs = list(op.result.uses), [n for n, v in module.outputs.items() if v is op.result]
     scratch = Builder(Module("scratch"))
     scratch.loc = op.loc
-    after = scratch.op("round_values", op.result, rule=rule.around)
+    after = scratch.op("round_values", op.result, rule=rule.after)
     for reader, index in readers:
         reader.set_operand(index, after)
     module.outputs.update(dict.fromkeys(outputs, after))
@@ -103,11 +166,28 @@ def _results_rounded(op: Op, rule: Rule, module: Module) -> list[Op]:
 
 
 def _qualifies(op: Op, rule: Rule) -> bool:
+    """Whether a product's weight is stored in a scheme of the rule, and no expert's that the rule leaves."""
     producer = op.operands[1].producer
-    if producer is None or producer.weight is None or weight_class(producer) == "experts":
+    if producer is None or (weight_class(producer) == "experts" and not rule.experts):
         return False
-    held = packed_form(producer.weight)
-    return held is not None and held.scheme.name == rule.weights
+    return _scheme(producer) in rule.weights
+
+
+def _experts_qualify(op: Op, rule: Rule) -> bool:
+    if not rule.experts or op.attrs["rounding"] != "none":
+        return False
+    matrices = [value.producer for value in op.operands[4:6]]
+    return all(matrix is not None and _scheme(matrix) in rule.weights for matrix in matrices)
+
+
+def _scheme(op: Op) -> str:
+    """What a `weight` op is stored in, as far as rules ask for it; "" for anything else."""
+    if op.weight is None:
+        return ""
+    held = packed_form(op.weight)
+    if held is None:
+        return "fp16" if op.weight.dtype is DType.F16 else ""
+    return held.scheme.name
 
 
 def _is_rounded(x: Value, rule: Rule) -> bool:
@@ -116,3 +196,7 @@ def _is_rounded(x: Value, rule: Rule) -> bool:
     if op is None or op.name != "round_values" or op.attrs["channels"] != 0:
         return False
     return (op.attrs["rule"], op.attrs["block"]) == (rule.rounding, rule.block)
+
+
+def _is_rounded_dispatch(op: Op | None, rule: Rule) -> bool:
+    return op is not None and op.name == "dispatch" and _is_rounded(op.operands[0], rule)

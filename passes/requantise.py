@@ -57,10 +57,11 @@ class Requantise(Pass):
 
     Options:
         experts, shared, linears (attention and indexer), compressor, embedding, head: a scheme of
-            `ir.formats.SCHEMES`, or "" to leave the class as it is stored. "bf16" and "f32" unpack.
+            `ir.formats.SCHEMES`, or "" to leave the class as it is stored. "bf16", "fp16" and "f32" unpack.
         search: for schemes whose scales belong to one row, choose each scale by least squared error.
         stats: a file of calibration statistics; entries ``mean_square.<location of the weight>`` ([K])
             weigh the squared error of the columns; `*` may stand for an expert's number. Needs `search`.
+        plain_only: leave alone what is stored as codes and scales already, whatever the class says.
         samples: matrices per class whose error is measured, evenly spaced; 0 measures nothing.
 
     Notes: `classes`, a list of {"class", "format_before", "format_after", "tensors" (matrices),
@@ -83,6 +84,7 @@ class Requantise(Pass):
     head: str = ""
     search: bool = False
     stats: str = ""
+    plain_only: bool = False
     samples: int = 4
 
     def effect(self) -> Effect:
@@ -100,6 +102,8 @@ class Requantise(Pass):
             kind = weight_class(op)
             scheme = schemes.get(kind)
             if scheme is None or op.weight is None or not _is_matrix(op):
+                continue
+            if self.plain_only and packed_form(op.weight) is not None:
                 continue
             _check_columns(op, op.weight, scheme)
             search = self.search and scheme.block[0] == 1

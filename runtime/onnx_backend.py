@@ -27,6 +27,10 @@ _STANDARD, _FUNCTIONS = b"ai.onnx", b"cpu.fns"
 """A node that a vendor knows in the standard domain, by its written name, is none of ONNX: for ONNX Runtime
 the domain is renamed to one whose functions the model brings along. Both names are of one length."""
 
+_LATER = b"cpu.ops"
+"""A domain without nodes, whose version is that of the standard nodes here: a file for a consumer that stops
+at an older one may hold element types that ONNX has only since. It is renamed to the standard domain."""
+
 _OFFSET_MARK = re.compile(rb"(?=@offset:(\d+)@)[@offset:\d]{20}")
 """Stands for the offset of a tensor, by its index in meta["onnx"]["tensors"]."""
 
@@ -153,7 +157,8 @@ def open_session(
         "session.model_external_initializers_file_folder_path": str(path.parent),
     }.items():
         options.add_session_config_entry(key, value)
-    model = placed_model(artifact, path.name, section).replace(_STANDARD, _FUNCTIONS) + _more_outputs(probes)
+    model = placed_model(artifact, path.name, section).replace(_STANDARD, _FUNCTIONS)
+    model = model.replace(_LATER, _STANDARD) + _more_outputs(probes)
     static = section != "onnx"  # sizes are folded already; what is left are weights, which must not be copied
     disabled = ["ConstantFolding"] if static else []
     try:

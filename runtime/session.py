@@ -17,6 +17,10 @@ from dsv4c.errors import ArtifactError, SessionError, ToolchainError, UsageError
 from . import buffers, snapshot
 from .container import Artifact
 from .engram.options import TableOptions
+from .images import ImagePlan, ImageRules, load_patches
+from .images.load import Source as ImageSource
+from .images.rows import ImageFeed, ImageRows
+from .images.tower import tower_inputs
 from .sampling import Sampler, SamplingParams
 from .undo import Undo
 
@@ -37,6 +41,7 @@ class Backend(Protocol):
         n_valid: npt.NDArray[np.int32],
         rows: npt.NDArray[np.int32],
         state: dict[str, npt.NDArray[Any]],
+        images: ImageRows | None = None,
     ) -> Logits: ...
 
 
@@ -105,22 +110,63 @@ class Session:
 
     # ------------------------------------------------------------------------- stepping
 
-    def step(self, tokens: npt.ArrayLike, n_valid: npt.ArrayLike | None = None) -> Logits:
+    def step(
+        self,
+        tokens: npt.ArrayLike,
+        n_valid: npt.ArrayLike | None = None,
+        images: Sequence[npt.ArrayLike] | None = None,
+    ) -> Logits:
         """Feed tokens and get the logits after each.
 
         Args:
             tokens: integers [B,T], or [T] when batch is 1.
             n_valid: [B] how many tokens of each row are real; None takes all.
+            images: per sequence float32 [n,d], the embeddings of its image tokens, see `encode_image`.
 
         Returns:
             float32 [B,T,vocab]; rows of padding are unspecified.
 
         Raises:
-            SessionError: wrong shape, ids outside the vocabulary, or no room left in the context.
+            SessionError: wrong shape, ids outside the vocabulary, no room left in the context, or images
+                that are not one row for every image token.
         """
         ids, valid = self._inputs(tokens, n_valid, "step")
-        rows = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-        return self.backend.step(ids, valid, np.ascontiguousarray(rows), self.state)
+        rows = np.ascontiguousarray(np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape))
+        feed = self._feed(images, ids, valid)
+        return self.backend.step(ids, valid, rows, self.state, *([feed.take(ids, valid)] if feed else []))
+
+    def _feed(
+        self, images: Sequence[npt.ArrayLike] | None, ids: npt.NDArray[np.int32], valid: npt.NDArray[np.int32]
+    ) -> ImageFeed | None:
+        """What steps over these tokens take as images; None for text alone."""
+        vision = self.model.get("vision")
+        if vision is None:
+            if images is not None:
+                raise SessionError("the model takes no images", where="images", allowed="text")
+            return None
+        token, width = int(vision["placeholder"]), int(self.model["hidden_size"])
+        if images is None:
+            real = np.arange(ids.shape[1]) < valid[:, None]
+            if not (real & (ids == token)).any():
+                return None
+            images = [()] * len(ids)  # refused below: every image token needs its row
+        return ImageFeed(images, ids, valid, token, width)
+
+    def encode_image(self, image: ImageSource) -> tuple[ImagePlan, npt.NDArray[np.float32]]:
+        """An image through the vision tower: how it is cut up, and its rows float32 [span,d].
+
+        Raises:
+            SessionError: the artifact takes no images.
+            UsageError, ToolchainError: the image cannot be read; Pillow is missing.
+        """
+        if "vision" not in self.model or not hasattr(self.backend, "call_part"):
+            raise SessionError(
+                "the artifact takes no images", where=str(self.artifact.path),
+                hint="compile a model with a vision tower, format tvm",
+            )  # fmt: skip
+        loaded = load_patches(image, ImageRules.from_meta(self.model["vision"]))
+        rows = self.backend.call_part("vision", tower_inputs(loaded, int(self.model["vision"]["downsample"])))
+        return loaded.plan, rows["rows"][0]
 
     def _inputs(
         self, tokens: npt.ArrayLike, n_valid: npt.ArrayLike | None, where: str
@@ -161,14 +207,18 @@ class Session:
         prompts: Sequence[Sequence[int]],
         chunk: int = DEFAULT_CHUNK,
         progress: Callable[[int, int], None] | None = None,
+        images: Sequence[npt.ArrayLike] | None = None,
     ) -> Logits:
         """Feed prompts of any lengths in chunks; returns each one's last logits, float32 [B,vocab].
+
+        `images` are, per prompt, the embeddings float32 [n,d] of its image tokens.
 
         A prompt that does not fit is refused before any of it is fed.
         """
         if chunk < 1:
             raise UsageError(f"chunk = {chunk}", where="prefill", allowed="1 or more")
         ids, lengths = self._prompts(prompts, "prefill")
+        feed = self._feed(images, ids, lengths)
         last = np.zeros((self.batch, int(self.model["vocab_size"])), np.float32)
         longest = ids.shape[1]
         with self.backend.undo.guard(self.state, lengths) if self.backend.undo else nullcontext():
@@ -176,7 +226,8 @@ class Session:
                 part = np.ascontiguousarray(ids[:, start : start + chunk])
                 valid = np.clip(lengths - start, 0, part.shape[1]).astype(np.int32)
                 rows = np.maximum(valid - 1, 0)[:, None].astype(np.int32)
-                logits = self.backend.step(part, valid, rows, self.state)[:, 0]
+                more = [feed.take(part, valid)] if feed else []
+                logits = self.backend.step(part, valid, rows, self.state, *more)[:, 0]
                 ends = (start < lengths) & (lengths <= start + chunk)
                 last[ends] = logits[ends]
                 if progress:
@@ -205,6 +256,7 @@ class Session:
         max_new_tokens: int,
         params: SamplingParams | None = None,
         chunk: int = DEFAULT_CHUNK,
+        images: Sequence[npt.ArrayLike] | None = None,
     ) -> Iterator[list[int | None]]:
         """Feed the prompts, then yield the next token of every row; None for rows that have stopped.
 
@@ -223,7 +275,7 @@ class Session:
                 hint="open the session with a larger context",
             )
         sampler, stops = Sampler(params), {*self.model["eos"], *params.stop_ids}
-        alive, logits = np.ones(self.batch, bool), self.prefill(prompts, chunk)
+        alive, logits = np.ones(self.batch, bool), self.prefill(prompts, chunk, images=images)
         for count in range(max_new_tokens):
             picked = sampler.pick(logits)
             yield [int(t) if ok else None for t, ok in zip(picked, alive, strict=True)]
@@ -241,6 +293,7 @@ class Session:
         max_new_tokens: int,
         params: SamplingParams | None = None,
         chunk: int = DEFAULT_CHUNK,
+        images: Sequence[npt.ArrayLike] | None = None,
     ) -> list[Any]:
         """The new tokens: a list for one prompt of ids, a list of lists for a list of prompts.
 
@@ -249,7 +302,7 @@ class Session:
         single = len(ids) > 0 and isinstance(ids[0], int | np.integer)
         prompts: Any = [ids] if single else ids
         out: list[list[int]] = [[] for _ in prompts]
-        for picked in self.stream(prompts, max_new_tokens, params, chunk):
+        for picked in self.stream(prompts, max_new_tokens, params, chunk, images):
             for row, token in zip(out, picked, strict=True):
                 if token is not None:
                     row.append(token)

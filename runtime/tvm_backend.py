@@ -22,11 +22,47 @@ from .buffers import aligned
 from .container import Artifact
 from .engram import TableOptions
 from .engram.calls import Tables
+from .images.rows import ImageRows, no_images
 from .undo import Undo
 
 _CPU, _POOLED = 1, 2
 _loaded: dict[str, Any] = {}
 """TVM's runtime may be loaded once per process: content hash -> library."""
+
+
+class TvmProgram:
+    """One compiled function of an artifact with its weights.
+
+    Args:
+        part: a name in meta["tvm"]["parts"]; "" is the step.
+
+    Raises:
+        ArtifactError: the code does not load on this machine.
+    """
+
+    def __init__(self, artifact: Artifact, part: str = "") -> None:
+        facts = artifact.meta["tvm"]["parts"][part] if part else artifact.meta["tvm"]
+        self.inputs: dict[str, dict[str, Any]] = facts["inputs"]
+        with tempfile.TemporaryDirectory(prefix="dsv4c-") as directory:
+            path = Path(directory) / "step.so"
+            path.write_bytes(artifact.section(f"code.{part}" if part else "code"))
+            try:
+                self._library = tvm_ffi.load_module(str(path))
+                self._vm = self._library["vm_load_executable"]()
+                self._vm["vm_initialization"](_CPU, 0, _POOLED)
+            except Exception as error:
+                raise ArtifactError(
+                    f"the compiled code does not load: {error}", where=str(artifact.path)
+                ) from error
+        self._function = self._vm["step"]
+        self._weights = [tvm_ffi.from_dlpack(artifact.array(n)) for n in facts["weights"]]
+
+    def run(
+        self, inputs: Sequence[npt.NDArray[Any]], states: Sequence[Any] = (), tables: Sequence[Any] = ()
+    ) -> Any:
+        """The results, still TVM's: inputs in order, in their own dtypes; states and handles of tables."""
+        given = [tvm_ffi.from_dlpack(aligned(a)) for a in inputs]
+        return self._function(*given, *states, *self._weights, *tables)
 
 
 class TvmBackend:
@@ -54,19 +90,8 @@ class TvmBackend:
         configure = tvm_ffi.get_global_func("runtime.config_threadpool", allow_missing=True)
         if configure is not None:
             configure(1, threads or cores)
-        with tempfile.TemporaryDirectory(prefix="dsv4c-") as directory:
-            path = Path(directory) / "step.so"
-            path.write_bytes(artifact.section("code"))
-            try:
-                self._library = tvm_ffi.load_module(str(path))
-                self._vm = self._library["vm_load_executable"]()
-                self._vm["vm_initialization"](_CPU, 0, _POOLED)
-            except Exception as error:
-                raise ArtifactError(
-                    f"the compiled code does not load: {error}", where=str(artifact.path)
-                ) from error
-        self._step = self._vm["step"]
-        self._weights = [tvm_ffi.from_dlpack(artifact.array(n)) for n in artifact.meta["tvm"]["weights"]]
+        self._program = TvmProgram(artifact)
+        self._parts: dict[str, TvmProgram] = {}
         self._bound: tuple[object, list[Any]] = (None, [])
         self.tables = Tables(artifact, tables)
         self.undo = Undo(artifact.meta["tvm"]["writes"]) if self.tables.fallible else None
@@ -77,13 +102,19 @@ class TvmBackend:
         n_valid: npt.NDArray[np.int32],
         rows: npt.NDArray[np.int32],
         state: dict[str, npt.NDArray[Any]],
+        images: ImageRows | None = None,
     ) -> npt.NDArray[np.float32]:
         """One step: tokens i32 [B,T], n_valid i32 [B], rows i32 [B,L] -> logits f32 [B,L,V].
 
-        `state` is updated in place; its arrays must be 64-byte aligned.
+        `state` is updated in place; its arrays must be 64-byte aligned. `images` are the rows of this call's
+        image tokens; without them such tokens take their row of the embedding.
         """
         logits: npt.NDArray[np.float32]
-        (logits,) = self.call([np.asarray(a, np.int32) for a in (tokens, n_valid, rows)], state, 1)
+        inputs: list[npt.NDArray[Any]] = [np.asarray(a, np.int32) for a in (tokens, n_valid, rows)]
+        if "images" in self._program.inputs:
+            given = images or no_images(len(tokens), int(self._program.inputs["images"]["shape"][2]))
+            inputs += [given.rows, given.counts]
+        (logits,) = self.call(inputs, state, 1)
         return logits
 
     def call(
@@ -99,21 +130,26 @@ class TvmBackend:
         if self._bound[0] is not state:
             names: Sequence[str] = list(self.artifact.meta["step"]["states"])
             self._bound = (state, [tvm_ffi.from_dlpack(state[name]) for name in names])
-        given = [tvm_ffi.from_dlpack(aligned(a)) for a in inputs]
-        result = self._run([*given, *self._bound[1], *self._weights, *self.tables.handles], inputs, state)
+        result = self._run(inputs, state)
         return [np.array(np.from_dlpack(result[i])) for i in range(results)]
 
+    def call_part(self, part: str, inputs: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """The results of another program of the artifact by name, copies; it is loaded when first called."""
+        if part not in self._parts:
+            self._parts[part] = TvmProgram(self.artifact, part)
+        result = self._parts[part].run(inputs)
+        names = self.artifact.meta["tvm"]["parts"][part]["outputs"]
+        return {name: np.array(np.from_dlpack(result[i])) for i, name in enumerate(names)}
 
-    def _run(
-        self, arguments: list[Any], inputs: Sequence[npt.NDArray[Any]], state: dict[str, npt.NDArray[Any]]
-    ) -> Any:
+    def _run(self, inputs: Sequence[npt.NDArray[Any]], state: dict[str, npt.NDArray[Any]]) -> Any:
+        states, handles = self._bound[1], self.tables.handles
         if self.undo is None:
-            return self._step(*arguments)
-        names = list(self.artifact.meta["tvm"]["inputs"])
+            return self._program.run(inputs, states, handles)
+        names = list(self._program.inputs)
         counts = inputs[names.index("n_valid")] if "n_valid" in names else None
         try:
             with self.undo.guard(state, counts):
-                return self._step(*arguments)
+                return self._program.run(inputs, states, handles)
         except Exception as error:
             failure = self.tables.clear()
             if failure is None:

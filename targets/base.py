@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dsv4c.errors import TargetError, unknown
-from dsv4c.ir.graph import Module
+from dsv4c.ir.graph import Module, Op
 from dsv4c.ir.weights import TensorStore
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ class Arch:
         requires: CPU feature flags the machine must have to run the code, as the kernel spells them.
         machine: `platform.machine()` of the machine; "" where the code runs on a device beside it.
         device: the name of the device in `hardware.json`; "" where nothing is estimated.
+        numerics: what it offers in place of its target's numerics; None where it offers those.
+        dialect: the ONNX it takes, where that is not its target's.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Arch:
     requires: tuple[str, ...] = ()
     machine: str = "x86_64"
     device: str = ""
+    numerics: Mapping[str, str] | None = None
+    dialect: Callable[[], Dialect] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Format:
         load: imports the emitter; late, because it needs those packages.
         extra_ops: ops that this format's emitter takes beyond the target's own.
         shows_blocks: whether its programs can hand out the residual streams after every layer, for checks.
+        emits_parts: whether its emitter writes `Module.parts`; others drop them.
+        roundings: values of the attribute `rounding`, and of `round_values.rule`, that its emitter takes.
     """
 
     name: str
@@ -58,6 +64,13 @@ class Format:
     load: Callable[[], Emitter]
     extra_ops: frozenset[str] = frozenset()
     shows_blocks: bool = False
+    emits_parts: bool = False
+    roundings: frozenset[str] = frozenset({"none", "bf16", "e4m3", "e2m1", "int8", "reference"})
+
+    def takes(self, op: Op) -> bool:
+        """Whether an op rounds in a way that the emitter knows, or not at all."""
+        name = op.attrs.get("rule") if op.name == "round_values" else op.attrs.get("rounding", "none")
+        return name in self.roundings
 
 
 @dataclass(frozen=True)
@@ -66,8 +79,9 @@ class Target:
 
     Attributes:
         ops: what may reach an emitter, whatever the format.
-        numerics: name -> passes to run in front of the pipeline, as text.
-        dialect: the ONNX it takes, where it takes any of fixed shapes.
+        numerics: name -> passes to run in front of a format's pipeline, as text; behind the word `default`
+            may stand edits of that pipeline. An arch may have its own.
+        dialect: the ONNX it takes, where it takes any of fixed shapes; an arch may have its own.
     """
 
     name: str
@@ -86,6 +100,15 @@ class Target:
         ):
             if not names or len(set(names)) != len(names):
                 raise TargetError(f"{what}s must be distinct and at least one, got {names}", where=self.name)
+
+    def numerics_of(self, arch: Arch) -> Mapping[str, str]:
+        """The numerics of an arch, the default first."""
+        return self.numerics if arch.numerics is None else arch.numerics
+
+    def dialect_of(self, arch: Arch) -> Dialect | None:
+        """The ONNX of fixed shapes that an arch takes."""
+        found = arch.dialect or self.dialect
+        return found() if found else None
 
     def arch(self, name: str) -> Arch:
         """The arch of that name; "" is the default one."""

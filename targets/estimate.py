@@ -19,7 +19,7 @@ from dsv4c.ir.graph import Module
 from .hardware import Device
 from .placement import HEADROOM, Demand, Placement, Shares, place
 from .roofline import ARITHMETIC, Machine, Step
-from .workload import CLASSES, Workload, survey
+from .workload import CLASSES, Workload, number_classes, survey
 
 ITEM = {"f32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
 """Formats of activations, state and exchanges -> bytes of a value."""
@@ -190,7 +190,7 @@ def estimate_artifact(module: Module, device: Device, exact: bool) -> Estimate:
         shapes["batch"], min(shapes["context"], longest), shapes["tokens"][-1], shapes["stages"],
         shapes["stages"], "f32",
     )  # fmt: skip
-    w = survey(module, dict.fromkeys(CLASSES, "f32") if exact else {})
+    w = survey(module, dict.fromkeys(CLASSES if exact else number_classes(module), "f32"))
     try:
         return estimate(w, device, asked)
     except TargetError as error:

@@ -122,8 +122,9 @@ def _check(target: Target, devices: Collection[str], origin: str) -> None:
     for arch in target.archs:
         if arch.device and arch.device not in devices:
             raise unknown("device", arch.device, devices, TargetError, f"{where}, arch {arch.name!r}")
-    strange = target.numerics.keys() - {*TOLERANCES, "reference"}
-    if strange or not target.numerics:
-        allowed = f"some of {', '.join(TOLERANCES)}, reference: artifacts are held to what these promise"
-        raise TargetError(f"numerics {', '.join(strange) or 'of no kind'}", where=where, allowed=allowed)
+    for numerics in (target.numerics, *(target.numerics_of(a) for a in target.archs)):
+        strange = numerics.keys() - {*TOLERANCES, "reference"}
+        if strange or not numerics:
+            allowed = f"some of {', '.join(TOLERANCES)}, reference: artifacts are held to what these promise"
+            raise TargetError(f"numerics {', '.join(strange) or 'of no kind'}", where=where, allowed=allowed)
     target.arch("")

@@ -19,6 +19,7 @@ from dsv4c.ir.expr import WeightExpr
 from dsv4c.ir.formats import SCHEMES, Scheme
 from dsv4c.ir.graph import Module, Op
 from dsv4c.ir.levels import Level
+from dsv4c.ir.packed import packed_form
 from dsv4c.passes.narrow_weights import PACKED_READERS
 from dsv4c.passes.requantise import OPTION_OF
 from dsv4c.passes.weight_classes import class_of, weight_class
@@ -156,6 +157,16 @@ def check_weights(weights: Mapping[str, str]) -> dict[str, Scheme]:
         if ALIASES.get(name, name) not in SCHEMES:
             raise unknown(f"format of {kind}", name, [*SCHEMES, *ALIASES], UsageError, "weights")
     return {kind: SCHEMES[ALIASES.get(name, name)] for kind, name in weights.items()}
+
+
+def number_classes(module: Module) -> list[str]:
+    """Those of `CLASSES` whose matrices are all numbers, neither codes nor FP16: device artifacts hold F32."""
+    narrow = {
+        OPTION_OF.get(weight_class(op), "")
+        for op in module.weights()
+        if op.weight is not None and (op.weight.dtype is DType.F16 or packed_form(op.weight) is not None)
+    }
+    return [kind for kind in CLASSES if kind not in narrow]
 
 
 def _places(module: Module) -> dict[Op, int]:

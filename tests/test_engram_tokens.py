@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsv4c.errors import CheckpointError
-from dsv4c.frontend.generate import StoredTensor, write_safetensors
+from dsv4c.frontend.stored import StoredTensor, write_safetensors
 from dsv4c.frontend.token_map import FILE, Overlay, read_token_map, token_map
 from dsv4c.ir.dtypes import Array, DType
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dsv4c.errors import ConfigError
-from dsv4c.frontend.config import LayerKind, ModelConfig, Yarn, load_config, parse_config
+from dsv4c.frontend.architecture import LayerKind, ModelConfig, Yarn
+from dsv4c.frontend.config import load_config, parse_config
 from dsv4c.frontend.generate import generate_checkpoint
 from dsv4c.frontend.table import expected_tensors, ledger
 
@@ -192,7 +193,8 @@ PUBLISHED_ERRORS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
 TRANSFORMERS_ERRORS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "type missing": ({"model_type": ...}, ("'model_type' is missing", "deepseek_v4")),
     "type unknown": ({"model_type": "llama"}, ("'llama'", "unknown", "deepseek_v4")),
-    "type not yet": ({"model_type": "deepseek_v41"}, ("'deepseek_v41'", "V4.1", "not supported yet")),
+    "type not yet": ({"model_type": "deepseek_v32"}, ("'deepseek_v32'", "V3.2", "not supported yet")),
+    "type of v4.1": ({"model_type": "deepseek_v41"}, ("unknown key 'attention_bias'",)),
     "unknown key": ({"hidden_sise": 96}, ("unknown key 'hidden_sise'", "'hidden_size'")),
     "unknown key far": ({"zzz": 1}, ("unknown key 'zzz'",)),
     "shared experts": ({"n_shared_experts": 2}, ("n_shared_experts", "2", "allowed: 1")),

@@ -14,7 +14,8 @@ import pytest
 from test_onnx_harness import Arr, Case, DictStore, T, ints, numbers
 
 from dsv4c.errors import ArtifactError, SessionError, ToolchainError
-from dsv4c.frontend.config import ModelConfig, parse_config
+from dsv4c.frontend.architecture import ModelConfig
+from dsv4c.frontend.config import parse_config
 from dsv4c.frontend.model import build_model
 from dsv4c.frontend.table import Role, expected_tensors
 from dsv4c.ir.dims import sym

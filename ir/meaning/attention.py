@@ -23,10 +23,14 @@ def rotary(op: Op, x: Arr, cos: Arr, sin: Arr) -> Arr:
     if x.ndim == 4:
         cos, sin = cos[:, :, None], sin[:, :, None]
     sin = -sin if op.attrs["inverse"] else sin
-    out, width = x.copy(), 2 * cos.shape[-1]
-    even, odd = x[..., -width::2], x[..., x.shape[-1] - width + 1 :: 2]
-    out[..., -width::2] = even * cos - odd * sin
-    out[..., x.shape[-1] - width + 1 :: 2] = even * sin + odd * cos
+    out, half = x.copy(), cos.shape[-1]
+    first = x.shape[-1] - 2 * half
+    if op.attrs["halves"]:
+        a, b = slice(first, first + half), slice(first + half, None)
+    else:
+        a, b = slice(first, None, 2), slice(first + 1, None, 2)
+    out[..., a] = x[..., a] * cos - x[..., b] * sin
+    out[..., b] = x[..., a] * sin + x[..., b] * cos
     return out
 
 
@@ -65,13 +69,20 @@ def _visible(pos: Arr, b: int, t: int, ratio: int) -> int:
 
 
 def index_scores(op: Op, q: Arr, weights: Arr, keys: Arr, pos: Arr, n_valid: Arr) -> Arr:
+    return visible_scores(op, q, weights, keys, pos, n_valid, str(op.attrs["rounding"]))
+
+
+def visible_scores(
+    op: Op, q: Arr, weights: Arr, keys: Arr, pos: Arr, n_valid: Arr, rounding: str = "none"
+) -> Arr:
+    """[B,T,capacity]; -inf for what the token does not see."""
     ratio, (b_, t_) = integer(op, "ratio"), q.shape[:2]
     out = np.full((b_, t_, keys.shape[1]), -np.inf, q.dtype)
     for b in range(b_):
         for t in range(n_valid[b]):
             n = _visible(pos, b, t, ratio)
             dots = keys[b, :n] @ q[b, t].T
-            if op.attrs["rounding"] == "none":
+            if rounding == "none":
                 out[b, t, :n] = np.maximum(dots, 0) @ weights[b, t]
             else:
                 out[b, t, :n] = bf16(bf16(np.maximum(bf16(dots), 0) * weights[b, t]).sum(axis=1))
@@ -87,8 +98,38 @@ def index_topk(op: Op, scores: Arr) -> Arr:
     return out
 
 
-def index_select(op: Op, q: Arr, weights: Arr, keys: Arr, pos: Arr, n_valid: Arr) -> Arr:
-    return index_topk(op, index_scores(op, q, weights, keys, pos, n_valid))
+def candidate_blocks(op: Op, scores: Arr, pos: Arr, n_valid: Arr) -> Arr:
+    ratio, size, count = (integer(op, n) for n in ("ratio", "size", "count"))
+    out = np.full((*scores.shape[:2], count), -1, np.int32)
+    for b in range(scores.shape[0]):
+        for t in range(n_valid[b]):
+            n = _visible(pos, b, t, ratio)
+            if not n:
+                continue
+            padded = np.full(-(-n // size) * size, -np.inf, scores.dtype)
+            padded[:n] = scores[b, t, :n]
+            best = padded.reshape(-1, size).max(axis=1)
+            best[(n - 1) // size] = np.inf
+            order = np.argsort(-best, kind="stable")[:count]
+            found = np.sort(order[best[order] > -np.inf])
+            out[b, t, : len(found)] = found
+    return out
+
+
+def index_restrict(op: Op, scores: Arr, blocks: Arr) -> Arr:
+    size, out = integer(op, "size"), np.full_like(scores, -np.inf)
+    for b, t in np.ndindex(scores.shape[:2]):
+        for block in blocks[b, t][blocks[b, t] >= 0]:
+            here = slice(block * size, (block + 1) * size)
+            out[b, t, here] = scores[b, t, here]
+    return out
+
+
+def index_select(
+    op: Op, q: Arr, weights: Arr, keys: Arr, pos: Arr, n_valid: Arr, blocks: Arr | None = None
+) -> Arr:
+    scores = index_scores(op, q, weights, keys, pos, n_valid)
+    return index_topk(op, scores if blocks is None else index_restrict(op, scores, blocks))
 
 
 def attention(

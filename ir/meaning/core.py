@@ -68,6 +68,10 @@ def split_heads(op: Op, x: Arr) -> Arr:
     return x.reshape(*x.shape[:2], integer(op, "heads"), -1)
 
 
+def merge_heads(op: Op, x: Arr) -> Arr:
+    return x.reshape(*x.shape[:2], -1)
+
+
 def add(op: Op, a: Arr, b: Arr) -> Arr:
     return a + b
 

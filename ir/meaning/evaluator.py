@@ -19,10 +19,10 @@ from dsv4c.ir.dtypes import decode
 from dsv4c.ir.graph import Module, Op, Value
 from dsv4c.ir.types import TensorType
 
-from . import attention, core, engram, engram_store, fused, hyper, moe, rounding, state
+from . import attention, core, engram, engram_store, fused, hyper, moe, rounding, state, vision
 from .core import Arr
 
-_FAMILIES = (core, state, attention, hyper, moe, rounding, engram, engram_store, fused)
+_FAMILIES = (core, state, attention, hyper, moe, rounding, engram, engram_store, vision, fused)
 
 _TABLES = {"engram_rows": (1, 2), "engram_fetch": (1, 3)}
 """Ops that look rows up, and which of their operands are tables; row ids come first."""

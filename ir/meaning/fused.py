@@ -31,16 +31,22 @@ def entries_close(
     return state.entries_append(op, entries, rows, pos, n_valid)
 
 
-def hc_pre(op: Op, streams: Arr, fn: Arr, base: Arr, scale: Arr, w: Arr) -> tuple[Arr, Arr, Arr]:
-    pre, post, comb = hyper.hc_mix(op, streams, fn, base, scale)
-    return _norm(hyper.hc_collapse(op, streams, pre), number(op, "out_eps")) * w, post, comb
+def index_candidates(op: Op, q: Arr, weights: Arr, keys: Arr, pos: Arr, n_valid: Arr) -> tuple[Arr, Arr]:
+    scores = attention.visible_scores(op, q, weights, keys, pos, n_valid)
+    return attention.index_topk(op, scores), attention.candidate_blocks(op, scores, pos, n_valid)
 
 
-def hc_post_pre(
-    op: Op, streams: Arr, y: Arr, post: Arr, comb: Arr, fn: Arr, base: Arr, scale: Arr, w: Arr
+def hc_pre(
+    op: Op, streams: Arr, fn: Arr, base: Arr, scale: Arr, w: Arr, pre: Arr | None = None
 ) -> tuple[Arr, ...]:
+    own, post, comb = hyper.hc_mix(op, streams, fn, base, scale)
+    y = _norm(hyper.hc_collapse(op, streams, own if pre is None else pre), number(op, "out_eps")) * w
+    return (y, post, comb) if pre is None else (y, post, comb, own)
+
+
+def hc_post_pre(op: Op, streams: Arr, y: Arr, post: Arr, comb: Arr, *rest: Arr) -> tuple[Arr, ...]:
     x = hyper.hc_expand(op, streams, y, post, comb)
-    return x, *hc_pre(op, x, fn, base, scale, w)
+    return x, *hc_pre(op, x, *rest)
 
 
 def add_route(op: Op, ids: Arr, weights: Arr) -> tuple[Arr, Arr]:

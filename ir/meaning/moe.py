@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from dsv4c.ir.graph import Op
 
 from .core import Arr, clamped_swiglu, integer, number
-from .quantise import bf16, blocks, e4m3
+from .quantise import bf16, blocks, e4m3, fp16
 
 
 def sqrt_softplus(op: Op, x: Arr) -> Arr:
@@ -15,7 +17,11 @@ def sqrt_softplus(op: Op, x: Arr) -> Arr:
     return out
 
 
-def route_topk(op: Op, scores: Arr, bias: Arr) -> Arr:
+def route_topk(
+    op: Op, scores: Arr, bias: Arr, tokens: Arr | None = None, image_bias: Arr | None = None
+) -> Arr:
+    if tokens is not None:
+        bias = np.where((tokens == integer(op, "image_token"))[..., None], image_bias, bias)
     order = np.argsort(-(scores + bias), axis=-1, kind="stable")
     return order[..., : integer(op, "k")].astype(np.int32)
 
@@ -60,21 +66,33 @@ def combine(op: Op, ids: Arr, n_valid: Arr, *ys: Arr) -> Arr:
 
 def expert_mlp(op: Op, x: Arr, ids: Arr, weights: Arr, n_valid: Arr, w13: Arr, w2: Arr) -> Arr:
     out, inner = np.zeros_like(x), w2.shape[2]
-    narrow = _exactly if op.attrs["rounding"] == "none" else bf16
+    narrow, quantise = _ROUNDINGS[str(op.attrs["rounding"])]
     for expert in range(w13.shape[0]):
         b, t, slot = _routes(ids, n_valid, expert)
         if len(b):
             both = narrow(x[b, t] @ w13[expert].T)
             hidden = clamped_swiglu(op, both[:, :inner], both[:, inner:]) * weights[b, t, slot][:, None]
-            hidden = narrow(hidden)
-            if op.attrs["rounding"] == "e4m3":
-                hidden = blocks(e4m3, hidden, 128)
+            hidden = quantise(narrow(hidden))
             np.add.at(out, (b, t), narrow(hidden @ w2[expert].T))
     return out
 
 
 def _exactly(x: Arr) -> Arr:
     return x
+
+
+def _e4m3_in(block: int) -> Callable[[Arr], Arr]:
+    return lambda x: blocks(e4m3, x, block)
+
+
+_ROUNDINGS: dict[str, tuple[Callable[[Arr], Arr], Callable[[Arr], Arr]]] = {
+    "none": (_exactly, _exactly),
+    "bf16": (bf16, _exactly),
+    "fp16": (fp16, _exactly),
+    "e4m3": (bf16, _e4m3_in(128)),
+    "mxfp8": (_exactly, _e4m3_in(32)),
+}
+"""`expert_mlp.rounding` -> the rounding of products and hidden values, and one more of the latter."""
 
 
 def expert_statistics(

@@ -1,4 +1,4 @@
-"""Rounding of values to BF16, E4M3, E2M1 and INT8 and back (sections 3.1 to 3.3 and 7).
+"""Rounding of values to BF16, FP16, E4M3, E2M1 and INT8 and back (sections 3.1 to 3.3 and 7).
 
 Knows arrays only. Everything is computed on the float32 cast of the values, whatever their type.
 """
@@ -25,6 +25,12 @@ ONE_448TH, ONE_6TH = np.array([0x3B124925, 0x3E2AAAAB], np.uint32).view(np.float
 def bf16(x: npt.NDArray[Any]) -> Arr:
     """x rounded to the nearest BF16, ties to even, in the type of x."""
     return bf16_to_f32(f32_to_bf16(x.astype(np.float32, copy=False))).astype(x.dtype, copy=False)
+
+
+def fp16(x: npt.NDArray[Any]) -> Arr:
+    """x rounded to the nearest IEEE binary16, ties to even; infinite from 65520 on."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return x.astype(np.float32, copy=False).astype(np.float16).astype(x.dtype)
 
 
 def power_of_two(y: F32) -> F32:

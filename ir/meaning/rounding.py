@@ -12,8 +12,9 @@ import numpy as np
 from dsv4c.ir.graph import Op
 
 from .core import Arr, integer
-from .quantise import bf16, blocks, e2m1, e4m3, int8
+from .quantise import bf16, blocks, e2m1, e4m3, fp16, int8
 
+_PLAIN = {"bf16": bf16, "fp16": fp16}
 _SCALED = {"e4m3": e4m3, "e2m1": e2m1, "int8": int8}
 
 
@@ -21,7 +22,7 @@ def round_values(op: Op, x: Arr) -> Arr:
     rule, out = str(op.attrs["rule"]), x.copy()
     width = integer(op, "channels") or x.shape[-1]
     block, part = integer(op, "block") or width, x[..., :width]
-    out[..., :width] = bf16(part) if rule == "bf16" else blocks(_SCALED[rule], part, block)
+    out[..., :width] = _PLAIN[rule](part) if rule in _PLAIN else blocks(_SCALED[rule], part, block)
     return out
 
 

@@ -11,8 +11,9 @@ from .hyper import HYPER
 from .moe import MOE
 from .rounding import ROUNDING
 from .state import STATE
+from .vision import VISION
 
-_FAMILIES = (CORE, STATE, ATTENTION, HYPER, MOE, ROUNDING, ENGRAM, ENGRAM_STORE, FUSED)
+_FAMILIES = (CORE, STATE, ATTENTION, HYPER, MOE, ROUNDING, ENGRAM, ENGRAM_STORE, VISION, FUSED)
 OPS: dict[str, OpDef] = {d.name: d for family in _FAMILIES for d in family}
 
 __all__ = ["OPS"]

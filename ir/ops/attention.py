@@ -62,8 +62,31 @@ def _index_topk(sig: Signature) -> Types:
     return (i32(*sig.shape(0, 3)[:2], sig.int("k")),)
 
 
+def _candidate_blocks(sig: Signature) -> Types:
+    b, t, _ = sig.shape(0, 3)
+    sig.fits(1, b)
+    sig.fits(2, b)
+    _block_size(sig)
+    return (i32(b, t, sig.int("count")),)
+
+
+def _block_size(sig: Signature) -> None:
+    if sig.int("size") < 1:
+        sig.fail(f"needs blocks of at least one entry, got size = {sig.int('size')}")
+
+
+def _index_restrict(sig: Signature) -> Types:
+    b, t, capacity = sig.shape(0, 3)
+    sig.fits(1, b, t, sig.shape(1, 3)[2])
+    _block_size(sig)
+    return (f32(b, t, capacity),)
+
+
 def _index_select(sig: Signature) -> Types:
     b, t, _ = _index_scores(sig)[0].shape
+    if len(sig.types) > 5:
+        sig.fits(5, b, t, sig.shape(5, 3)[2])
+        _block_size(sig)
     return (i32(b, t, sig.int("k")),)
 
 
@@ -83,13 +106,17 @@ def _attention(sig: Signature) -> Types:
 
 
 _K = AttrDef("k", AttrKind.INT)
+_SIZE = AttrDef("size", AttrKind.INT)
 _ROUNDING = AttrDef("rounding", AttrKind.STR, "none")
 
 ATTENTION: tuple[OpDef, ...] = (
     OpDef("rope_angles", ("positions", "frequencies"), _rope_angles, source="3.6",
           doc="cos and sin of position x frequency; the product rounds to FP32."),
-    OpDef("rotary", ("x", "cos", "sin"), _rotary, (AttrDef("inverse", AttrKind.BOOL, False),), source="3.6",
-          doc="Rotate adjacent pairs of the last R channels; `inverse` by the negative angle."),
+    OpDef("rotary", ("x", "cos", "sin"), _rotary,
+          (AttrDef("inverse", AttrKind.BOOL, False), AttrDef("halves", AttrKind.BOOL, False)),
+          source="3.6; V4.1 9.2",
+          doc="Rotate adjacent pairs of the last R channels; `inverse` by the negative angle. With `halves`"
+              " channel i of the last R pairs with channel i + R/2."),
     OpDef("position_bias", ("x", "bias", "pos"), _position_bias, source="4.2",
           doc="x + bias[(pos + t) mod ratio]."),
     OpDef("compress", ("kv", "gate", "kv_ring", "gate_ring", "pos", "n_valid"), _compress,
@@ -104,10 +131,18 @@ ATTENTION: tuple[OpDef, ...] = (
     OpDef("index_topk", ("scores",), _index_topk, (_K,), source="4.3",
           doc="Entry ids of the k highest finite scores, best first, ties to the lower id; missing ones are"
               " -1 and stand at the end."),
-    OpDef("index_select", ("q", "weights", "keys", "pos", "n_valid"), _index_select,
-          (RATIO, _K, _ROUNDING), source="4.3",
-          doc="index_topk of index_scores, without the scores in memory: the same set of ids, in no"
-              ' particular order unless rounding = "reference", and -1 at the end.'),
+    OpDef("candidate_blocks", ("scores", "pos", "n_valid"), _candidate_blocks,
+          (RATIO, _SIZE, AttrDef("count", AttrKind.INT)), source="V4.1 4.5",
+          doc="Of the blocks of `size` entries the `count` whose best score is highest, ties to the lower id;"
+              " the block of the newest visible entry is always one of them. Ids ascend, missing ones are -1"
+              " and stand at the end."),
+    OpDef("index_restrict", ("scores", "blocks"), _index_restrict, (_SIZE,), source="V4.1 4.5",
+          doc="scores; -inf for entries outside the blocks."),
+    OpDef("index_select", ("q", "weights", "keys", "pos", "n_valid", "blocks?"), _index_select,
+          (RATIO, _K, _ROUNDING, AttrDef("size", AttrKind.INT, 0)), source="4.3; V4.1 4.5",
+          doc="index_topk of index_scores, restricted to blocks of `size` where they are given, without the"
+              " scores in memory: the same set of ids, in no particular order unless rounding ="
+              ' "reference", and -1 at the end.'),
     OpDef("attention", ("q", "kv", "ring", "sinks", "pos", "n_valid", "entries?", "selected?"), _attention,
           (AttrDef("scale", AttrKind.FLOAT), AttrDef("window", AttrKind.INT),
            AttrDef("ratio", AttrKind.INT, 0), _ROUNDING),

@@ -73,6 +73,11 @@ def _split_heads(sig: Signature) -> Types:
     return (f32(b, t, heads, width // heads),)
 
 
+def _merge_heads(sig: Signature) -> Types:
+    b, t, h, d = sig.shape(0, 4)
+    return (f32(b, t, static(sig, h, "head count") * static(sig, d, "head width")),)
+
+
 def _gather_rows(sig: Signature) -> Types:
     b, _, d = sig.shape(0, 3)
     return (f32(b, sig.shape(1, 2)[1], d),)
@@ -98,6 +103,7 @@ CORE: tuple[OpDef, ...] = (
               " the root and the product are each rounded to BF16."),
     OpDef("split_heads", ("x",), _split_heads, (AttrDef("heads", AttrKind.INT),),
           doc="[B,T,H*D] as [B,T,H,D]."),
+    OpDef("merge_heads", ("x",), _merge_heads, doc="[B,T,H,D] as [B,T,H*D]."),
     OpDef("add", ("a", "b"), _binary, doc="a + b."),
     OpDef("add_bias", ("x", "bias"), _add_bias, doc="x + bias over the last axis."),
     OpDef("scale", ("x",), _same, (AttrDef("factor", AttrKind.FLOAT),), doc="x times a constant."),

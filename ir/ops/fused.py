@@ -52,6 +52,17 @@ def _entries_close(sig: Signature) -> Types:
     return (f32(b, capacity, width),)
 
 
+def _index_candidates(sig: Signature) -> Types:
+    b, t, h, d = sig.shape(0, 4)
+    sig.fits(1, b, t, h)
+    sig.equal(sig.shape(2, 3)[2], d, "the width of index queries and keys")
+    sig.fits(3, b)
+    sig.fits(4, b)
+    if sig.int("size") < 1:
+        sig.fail(f"needs blocks of at least one entry, got size = {sig.int('size')}")
+    return i32(b, t, sig.int("k")), i32(b, t, sig.int("count"))
+
+
 def _pre(sig: Signature, first: int) -> Types:
     """Results of `hc_pre` for streams of operand 0 and parameters from operand `first`."""
     b, t, streams, d = sig.shape(0, 4)
@@ -61,7 +72,11 @@ def _pre(sig: Signature, first: int) -> Types:
     sig.fits(first + 1, rows)
     sig.fits(first + 2, 3)
     sig.fits(first + 3, d)
-    return f32(b, t, d), f32(b, t, n), f32(b, t, n, n)
+    results = f32(b, t, d), f32(b, t, n), f32(b, t, n, n)
+    if len(sig.types) == first + 4:
+        return results
+    sig.fits(first + 4, b, t, n)
+    return (*results, f32(b, t, n))
 
 
 def _hc_pre(sig: Signature) -> Types:
@@ -86,7 +101,7 @@ def _add_route(sig: Signature) -> Types:
 _EPS = AttrDef("eps", AttrKind.FLOAT)
 _HC = (_EPS, AttrDef("norm_eps", AttrKind.FLOAT), AttrDef("iters", AttrKind.INT),
        AttrDef("out_eps", AttrKind.FLOAT))  # fmt: skip
-_HC_OPERANDS = ("fn", "base", "scale", "w")
+_HC_OPERANDS = ("fn", "base", "scale", "w", "pre?")
 
 FUSED: tuple[OpDef, ...] = (
     OpDef("split_columns", ("x",), _split_columns, (AttrDef("widths", AttrKind.INTS),),
@@ -99,7 +114,12 @@ FUSED: tuple[OpDef, ...] = (
           doc="entries_append(entries, rotary(rms_norm(compress(kv, gate, rings), w), cos, sin))."),
     OpDef("hc_pre", ("streams", *_HC_OPERANDS), _hc_pre, _HC, source="4 steps 1 to 4",
           doc="rms_norm(hc_collapse(streams, pre), w), post, comb with pre, post, comb = hc_mix(streams);"
-              " out_eps is the norm's."),
+              " out_eps is the norm's. Where another `pre` is given it collapses, and that of hc_mix is the"
+              " fourth result."),
+    OpDef("index_candidates", ("q", "weights", "keys", "pos", "n_valid"), _index_candidates,
+          (RATIO, AttrDef("k", AttrKind.INT), AttrDef("size", AttrKind.INT), AttrDef("count", AttrKind.INT)),
+          source="V4.1 4.5",
+          doc="index_select and candidate_blocks of the same index_scores, without the scores in memory."),
     OpDef("hc_post_pre", ("streams", "y", "post", "comb", *_HC_OPERANDS), _hc_post_pre, _HC,
           source="4 steps 1 to 5",
           doc="x = hc_expand(streams, y, post, comb), and hc_pre(x): the border between two sub-layers."),

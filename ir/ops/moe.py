@@ -23,6 +23,11 @@ def _route_topk(sig: Signature) -> Types:
     sig.equal(sig.shape(1, 1)[0], e, "the experts of scores and bias")
     if sig.int("k") > static(sig, e, "expert count"):
         sig.fail(f"cannot choose {sig.int('k')} of {e} experts")
+    if len(sig.types) == 3:
+        sig.fail("needs an image_bias beside the tokens")
+    if len(sig.types) > 2:
+        sig.fits(2, b, t)
+        sig.fits(3, e)
     return (i32(b, t, sig.int("k")),)
 
 
@@ -81,7 +86,7 @@ def _experts(sig: Signature, first: int = 0) -> int:
 
 def _expert_mlp(sig: Signature) -> Types:
     _experts(sig)
-    sig.choice("rounding", "none", "bf16", "e4m3")
+    sig.choice("rounding", "none", "bf16", "fp16", "e4m3", "mxfp8")
     return (f32(*sig.shape(0)),)
 
 
@@ -99,8 +104,10 @@ def _input_statistics(sig: Signature) -> Types:
 
 MOE: tuple[OpDef, ...] = (
     OpDef("sqrt_softplus", ("x",), _same, source="4.4", doc="sqrt(log(1 + exp(x)))."),
-    OpDef("route_topk", ("scores", "bias"), _route_topk, (AttrDef("k", AttrKind.INT),), source="4.4",
-          doc="Ids of the k largest of scores + bias, ties to the lower id."),
+    OpDef("route_topk", ("scores", "bias", "tokens?", "image_bias?"), _route_topk,
+          (AttrDef("k", AttrKind.INT), AttrDef("image_token", AttrKind.INT, -1)), source="4.4; V4.1 4.6",
+          doc="Ids of the k largest of scores + bias, ties to the lower id; of scores + image_bias where the"
+              " token is image_token."),
     OpDef("route_hash", ("tokens", "table"), _route_hash, source="4.4", doc="table[token]."),
     OpDef("route_weights", ("scores", "ids"), _route_weights,
           (AttrDef("factor", AttrKind.FLOAT), AttrDef("eps", AttrKind.FLOAT)), source="4.4",
@@ -117,7 +124,9 @@ MOE: tuple[OpDef, ...] = (
           (AttrDef("limit", AttrKind.FLOAT), AttrDef("rounding", AttrKind.STR, "none")), source="4.4",
           doc="dispatch, every expert's clamped SwiGLU MLP with the routing weight before w2, and combine, in"
               ' one. With rounding = "bf16" the three products and the hidden values are rounded to BF16;'
-              ' with "e4m3" the hidden values also pass round_values of that rule in blocks of 128.'),
+              ' with "e4m3" the hidden values also pass round_values of that rule in blocks of 128. "fp16" is'
+              ' "bf16" with FP16 in its place; with "mxfp8" only the hidden values are rounded, by e4m3 in'
+              ' blocks of 32.'),
     OpDef("expert_statistics", ("counts", "x", "ids", "weights", "n_valid", "w13", "w2"), _expert_statistics,
           (AttrDef("limit", AttrKind.FLOAT),), consumes=0, source="REAP, arXiv:2510.13999",
           doc="counts plus, per expert, the tokens that chose it and the sums of their routing weights and of"

@@ -8,7 +8,7 @@ from dsv4c.ir.types import TensorType, f32
 
 Types = tuple[TensorType, ...]
 
-RULES = ("bf16", "e4m3", "e2m1", "int8")
+RULES = ("bf16", "fp16", "e4m3", "e2m1", "int8")
 """The values of `round_values.rule`."""
 
 

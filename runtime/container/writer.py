@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv4c.errors import ArtifactError
+from dsv4c.runtime.container.holes import spans
 from dsv4c.runtime.container.layout import (
     SECTION_ALIGN,
     STORAGE,
@@ -42,6 +43,9 @@ class ArtifactWriter:
     nothing behind. An existing artifact is replaced atomically; only then, for the moment between
     two system calls, is there a temporary name. Where the file system knows no nameless files the
     temporary name lasts longer, and every exit that Python gets to see removes it.
+
+    Whole pages of zeros become holes of the file, where the file system knows them; every byte and checksum
+    is as if they had been written.
 
     Raises:
         ArtifactError: the target cannot be written, a name is used twice, a tensor's bytes do
@@ -228,7 +232,11 @@ class ArtifactWriter:
     def _write(self, data: bytes | memoryview) -> None:
         file = self._open_file()
         with self._reporting_os_errors():
-            file.write(data)
+            for hole, part in spans(data, file.tell()):
+                if hole:  # something always follows, at the latest the manifest, so the size comes out right
+                    file.seek(len(part), os.SEEK_CUR)
+                else:
+                    file.write(part)
 
     def _pad(self, align: int) -> int:
         end = self._open_file().tell()

@@ -6,6 +6,7 @@ in standard nodes is what any other consumer of the file runs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,24 +15,37 @@ from dsv4c.targets.onnx.dialect import Dialect, VendorNode, load_nodes
 OPSET = 16
 """Within the converter's 11 to 18, and the last at which it knows the product of INT8 codes."""
 
-RMS_NORM = VendorNode(
-    "npu", "NPURmsNorm", ("x", "gamma"), ("y", "rstd"), {"epsilon": ""},
-    """  eps = Constant <value_float: float = @epsilon> ()
+OPSET_950 = 18
+"""The converter's last. The 950 has products of 8-bit floats, which no node of the table makes."""
+
+_RMS_NORM = """  eps = Constant <value_float: float = @epsilon> ()
   square = Mul(x, x)
-  mean = ReduceMean <axes = [-1], keepdims = 1> (square)
+  {mean}
   shifted = Add(mean, eps)
   root = Sqrt(shifted)
   rstd = Reciprocal(root)
   unit = Mul(x, rstd)
-  y = Mul(unit, gamma)""",
-)  # fmt: skip
-"""y = gamma x / sqrt(mean(x^2) + epsilon) over the last axis; rstd is the factor."""
+  y = Mul(unit, gamma)"""
+
+
+def _rms_norm(mean: str) -> VendorNode:
+    """y = gamma x / sqrt(mean(x^2) + epsilon) over the last axis; rstd is the factor."""
+    body = _RMS_NORM.format(mean=mean)
+    return VendorNode("npu", "NPURmsNorm", ("x", "gamma"), ("y", "rstd"), {"epsilon": ""}, body)
+
+
+RMS_NORM = _rms_norm("mean = ReduceMean <axes = [-1], keepdims = 1> (square)")
+RMS_NORM_18 = _rms_norm(
+    "last = Constant <value_ints = [-1]> ()\n  mean = ReduceMean <keepdims = 1> (square, last)"
+)
+"""The same where axes are an input."""
 
 ROTARY = VendorNode(
     "npu", "NPURotaryPositionEmbedding", ("x", "cos", "sin"), ("y",), {"mode": ""},
     """  pairs = Constant <value_ints = [0, 0, 0, -1, 2]> ()
   halves = Reshape(x, pairs)
-  even, odd = Split <axis = -1> (halves)
+  ones = Constant <value_ints = [1, 1]> ()
+  even, odd = Split <axis = -1> (halves, ones)
   negative = Neg(odd)
   crossed = Concat <axis = -1> (negative, even)
   whole = Constant <value_ints = [0, 0, 0, -1]> ()
@@ -92,7 +106,7 @@ VENDOR = {
 
 @cache
 def ascend_dialect() -> Dialect:
-    """What the converter takes for every Ascend of the table."""
+    """What the converter takes for the 910."""
     return Dialect(
         name="ascend",
         opset=OPSET,
@@ -100,4 +114,21 @@ def ascend_dialect() -> Dialect:
         nodes=load_nodes(Path(__file__).with_name("nodes.json")),
         elements=frozenset({"f32", "f16", "bf16", "i8", "u8", "i32", "i64", "bool"}),
         vendor=VENDOR,
+    )
+
+
+@cache
+def ascend950_dialect() -> Dialect:
+    """What it takes for the 950: 8-bit floats besides, which ONNX has from 19 on.
+
+    Its parser maps FLOAT8E4M3FN and reads nodes by name; ONNX Runtime asks for a version that declares them.
+    """
+    return replace(
+        ascend_dialect(),
+        name="ascend:950",
+        opset=OPSET_950,
+        ir_version=9,
+        runs_as=19,
+        elements=ascend_dialect().elements | {"f8e4m3"},
+        vendor={"rms_norm": RMS_NORM_18, "rotary": ROTARY},
     )

@@ -16,6 +16,6 @@ def emit_ascend(
     module: Module, store: TensorStore, writer: ArtifactWriter, arch: Arch, progress: Progress
 ) -> None:
     """Write the module for one product; see `emit_static`."""
-    emit_static(module, store, writer, ascend_dialect(), progress)
+    emit_static(module, store, writer, (arch.dialect or ascend_dialect)(), progress)
     script = build_script(arch, program_names(Shapes.of(module)))
     writer.add_section("file:build.sh", script.encode())

@@ -34,6 +34,12 @@ _FUSED = frozenset({
 })  # fmt: skip
 """What the later fusions make; only TVM has kernels for it."""
 
+_V41 = frozenset({
+    "index_candidates", "candidate_blocks", "index_restrict", "merge_heads", "grid_angles", "full_attention",
+    "gelu", "gather_cells", "image_span", "merge_images",
+})  # fmt: skip
+"""What V4.1 has beyond V4; only the TVM emitter takes it so far."""
+
 _UNFUSED = frozenset({"clamp", "swiglu", "index_scores", "index_topk"})
 """What the first fusions take away, so that a pipeline without them compiles."""
 
@@ -83,8 +89,14 @@ CPU = Target(
     ops=OPS,
     formats=(
         Format(
-            "tvm", FUSE + _TVM + _PLAN, {"tvm": "apache-tvm"}, _load_tvm,
-            frozenset({"expert_statistics", "input_statistics", *_ENGRAM, *_ROUNDING, *_FUSED, *_UNFUSED}),
+            "tvm",
+            FUSE + _TVM + _PLAN,
+            {"tvm": "apache-tvm"},
+            _load_tvm,
+            frozenset({"expert_statistics", "input_statistics"}).union(
+                _ENGRAM, _ROUNDING, _FUSED, _UNFUSED, _V41
+            ),
+            emits_parts=True,
         ),
         Format(
             "onnx",

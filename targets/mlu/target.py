@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv4c.targets.base import Arch, Emitter, Format, Target
-from dsv4c.targets.onnx.ops import INT8, INT8_WEIGHTS, OPS, PIPELINE
+from dsv4c.targets.onnx.ops import HALF, INT8_WEIGHTS, OPS, PIPELINE, ROUNDED, ROUNDINGS
 
 from .dialect import mlu_dialect
 
@@ -25,8 +25,14 @@ MLU = Target(
     doc="Cambricon MLU, by ONNX in a conservative subset",
     archs=ARCHS,
     ops=OPS,
-    formats=(Format("onnx", PIPELINE, {"onnx": "onnx"}, _load, INT8, shows_blocks=True),),
+    formats=(
+        Format("onnx", PIPELINE, {"onnx": "onnx"}, _load, ROUNDED, shows_blocks=True, roundings=ROUNDINGS),
+    ),
     default_arch=lambda: "590",
-    numerics={"fast": INT8_WEIGHTS + ',quantise_activations{rule="int8_token"}', "exact": ""},
+    numerics={
+        "fast": INT8_WEIGHTS + ',quantise_activations{rule="int8_token"}',
+        "half": HALF,
+        "exact": "",
+    },
     dialect=mlu_dialect,
 )

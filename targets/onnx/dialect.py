@@ -16,10 +16,14 @@ from dsv4c.errors import TargetError
 Versions = tuple[tuple[int, int], ...]
 """Ranges of opset versions, both ends included."""
 
+LATER = "cpu.ops"
+"""A domain of which no file has a node: its version is that of the standard nodes elsewhere. The runtime
+renames it to "ai.onnx", and the later of two versions of one domain counts."""
+
 INTEGERS = {"i32": 6, "i64": 7}
 """TensorProto codes of the types that indices may have."""
 
-ELEMENTS = {1: "f32", 2: "u8", 3: "i8", 6: "i32", 7: "i64", 9: "bool", 10: "f16", 16: "bf16"}
+ELEMENTS = {1: "f32", 2: "u8", 3: "i8", 6: "i32", 7: "i64", 9: "bool", 10: "f16", 16: "bf16", 17: "f8e4m3"}
 """TensorProto codes of the element types that the emitter uses, under their names here."""
 
 
@@ -66,6 +70,8 @@ class Dialect:
         index: the type of integers that are computed with.
         vendor: role -> node; roles are those `static.StaticContext` asks for, and one that is missing is
             decomposed into standard nodes.
+        runs_as: the version of the standard nodes where ONNX Runtime stands in for the consumer, for element
+            types that ONNX has only since; it must mean the same. 0 where that is `opset`.
         held: floats that one block of tokens of attention may hold in temporaries.
     """
 
@@ -77,6 +83,7 @@ class Dialect:
     max_rank: int = 8
     index: str = "i32"
     vendor: Mapping[str, VendorNode] = field(default_factory=dict)
+    runs_as: int = 0
     held: int = 1 << 26
 
     def __post_init__(self) -> None:

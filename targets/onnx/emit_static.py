@@ -22,24 +22,29 @@ from dsv4c.ir.weights import TensorStore, WeightExpr
 from dsv4c.runtime.container import ArtifactWriter
 from dsv4c.targets.stages import STREAMS, Stage, split
 
-from . import static_int8, static_moe
+from . import static_linear, static_moe, static_rounding
 from .dialect import Dialect
 from .emit import Progress, append_of, output_name, weight_names
 from .lowering import Entries, Lowering, V, integer
 from .static import StaticContext
-from .stored import LOCATION_MARK, Stored, store_weight, stored_bytes, transposed
+from .stored import LOCATION_MARK, Stored, store_codes, store_weight, stored_bytes, transposed
 from .table import LOWERINGS
 
 STATIC_LOWERINGS: dict[str, Lowering] = {
     **LOWERINGS,
     "expert_mlp": static_moe.expert_mlp,
-    "linear": static_int8.linear,
-    "round_values": static_int8.round_values,
+    "linear": static_linear.linear,
+    "grouped_linear": static_linear.grouped_linear,
+    "round_values": static_rounding.round_values,
 }
 """Op name -> lowering where every size is known."""
 
 SECTION = "onnx."
 """In front of a program's name."""
+
+_INT8 = frozenset({"int8"})
+_FP8 = _INT8 | {"fp8", "fp8_f32", "mxfp8", "mxfp4"}
+"""Schemes that are stored as they are, where there are no 8-bit floats and where there are."""
 
 _DOWN = ("expert_mlp", 5)
 """The operand that is stored with its last two axes swapped; see `static_moe`."""
@@ -86,7 +91,7 @@ def emit_static(
     shapes = Shapes.of(module)
     _check(module, dialect)
     split(module, shapes.stages, {})  # what cannot be cut is refused before any weight is written
-    stored = _store(module, store, writer, progress)
+    stored = _store(module, store, writer, dialect, progress)
     buckets = []
     for count in shapes.tokens:
         sizes = {"B": shapes.batch, "ctx": shapes.context, "T": count, "L": count}
@@ -123,36 +128,52 @@ def _check(module: Module, dialect: Dialect) -> None:
             raise TargetError(
                 f"{dialect.name} has no {op.name}", where=op.loc or module.name, allowed=allowed
             )
+        rounding = op.attrs.get("rounding", "none")
+        if rounding not in (("none", "fp16", "mxfp8") if op.name == "expert_mlp" else ("none",)):
+            raise TargetError(
+                f"{dialect.name} has no {op.name} with rounding = {rounding!r}", where=op.loc or module.name,
+                allowed="none" + (", fp16, mxfp8" if op.name == "expert_mlp" else ""),
+            )  # fmt: skip
 
 
 def _store(
-    module: Module, store: TensorStore, writer: ArtifactWriter, progress: Progress | None
+    module: Module, store: TensorStore, writer: ArtifactWriter, dialect: Dialect, progress: Progress | None
 ) -> list[tuple[Stored, ...]]:
     """Per weight what holds it: its numbers, or its codes and scales."""
     ops = [op for op in module.weights() if op.result.uses]
-    total, done, index, out = sum(map(stored_bytes, ops)), 0, 0, []
+    total, done, index = sum(map(stored_bytes, ops)), 0, 0
+    out: list[tuple[Stored, ...]] = []
     for op, name in zip(ops, weight_names(ops), strict=True):
-        parts = []
-        for suffix, expr in _parts(op).items():
-            parts.append(store_weight(expr, name + suffix, index, store, writer, op.loc))
-            index += 1
-        out.append(tuple(parts))
+        numbers, scales = _parts(op, dialect)
+        parts: tuple[Stored, ...]
+        if scales is None:
+            parts = (store_weight(numbers, name, index, store, writer, op.loc, half=True),)
+        else:
+            parts = store_codes(numbers, scales, name, index, store, writer, _is_gathered(op))
+        index += len(parts)
+        out.append(parts)
         done += stored_bytes(op)
         if progress:
             progress(name, done, total)
     return out
 
 
-def _parts(op: Op) -> dict[str, WeightExpr]:
-    """Suffix of the name -> what is stored: numbers, or INT8 codes and their scales, one per row."""
+def _parts(op: Op, dialect: Dialect) -> tuple[WeightExpr, WeightExpr | None]:
+    """What is stored: numbers and None, or codes and their scales; blocks of codes are never transposed."""
     assert op.weight is not None
     swapped = {(user.name, index) == _DOWN for user, index in op.result.uses}
     if swapped == {True, False}:
         raise TargetError("a down projection of experts is read by another op too", where=op.loc)
     held = packed_form(op.weight)
-    if held is None or held.scheme.name != "int8":
-        return {"": transposed(op.weight) if True in swapped else op.weight}
-    return {"": transposed(held.codes) if True in swapped else held.codes, ".scales": held.scales}
+    if held is None or held.scheme.name not in (_FP8 if "f8e4m3" in dialect.elements else _INT8):
+        return transposed(op.weight) if True in swapped else op.weight, None
+    down = True in swapped and held.scheme.name == "int8"
+    return transposed(held.codes) if down else held.codes, held.scales
+
+
+def _is_gathered(op: Op) -> bool:
+    """Whether a weight is of experts, whose codes are gathered; no 8-bit float is, on the processor."""
+    return any(user.name == "expert_mlp" for user in op.result.users())
 
 
 def _read_weights(module: Module) -> list[Op]:
@@ -161,7 +182,8 @@ def _read_weights(module: Module) -> list[Op]:
 
 def _model(g: StaticContext, module: Module, stage: Stage, places: Mapping[Op, tuple[Stored, ...]]) -> bytes:
     for op, parts in places.items():
-        g.holds(op.result, *parts)
+        held = packed_form(op.weight) if op.weight is not None and len(parts) > 1 else None
+        g.holds(op.result, *parts, scheme=held.scheme if held else None)
     read = {v for op in stage.ops for v in op.operands}
     arguments = {name: value for name, value in module.arguments().items() if value in read}
     g.inputs = [_argument(g, name, value) for name, value in arguments.items()]

@@ -11,15 +11,17 @@ OPS = frozenset({
 })  # fmt: skip
 """Experts are grouped and index scores are never kept."""
 
-INT8 = frozenset({"round_values"})
-"""What INT8 numerics bring with them."""
+ROUNDED = frozenset({"round_values"})
+"""What numerics with rounding points bring with them."""
+
+ROUNDINGS = frozenset({"none", "bf16", "fp16", "e4m3", "int8", "mxfp8"})
+"""How those may round, as far as a dialect has the types."""
 
 FUSE = "merge_common_subexpressions,fuse_swiglu,fuse_index_select,fuse_expert_gemms"
 """What every target runs first."""
 
 PIPELINE = (
-    FUSE + ',narrow_weights{storage="int8"}'
-    ',bind_shapes{tokens="1,128", batch=1, context=4096, stages=1}'
+    FUSE + ',narrow_weights{storage="int8"},bind_shapes{tokens="1,128", batch=1, context=4096, stages=1}'
 )
 """For consumers of fixed shapes: numbers, but for what a pass has made INT8."""
 
@@ -27,3 +29,17 @@ INT8_WEIGHTS = (
     'requantise{experts="int8", shared="int8", linears="int8", compressor="int8", embedding="", head="int8"}'
 )
 """In front of it, for INT8 numerics: matrices with a scale per row."""
+
+MX = (
+    'requantise{experts="mxfp4", shared="mxfp8", linears="mxfp8", compressor="", embedding="", head="",'
+    ' plain_only=true},quantise_activations{rule="mxfp8"},default,with(narrow_weights{storage="fp8"})'
+)
+"""Numerics of the released checkpoints: FP8 and FP4 codes stay what they are, matrices that are numbers become
+MXFP8 and MXFP4, and inputs are rounded to MXFP8. Compressors and the head, which are released in BF16, stay
+numbers."""
+
+HALF = (
+    'requantise{experts="fp16", shared="fp16", linears="fp16", compressor="fp16", embedding="", head="fp16"}'
+    ',quantise_activations{rule="fp16"},default,with(narrow_weights{storage="fp16"})'
+)
+"""Matrices in FP16, and FP16 products of them."""

@@ -16,9 +16,11 @@ from onnx import FunctionProto, ModelProto, TensorProto, ValueInfoProto, defs, h
 from onnx.shape_inference import infer_node_outputs
 
 from dsv4c.errors import TargetError
+from dsv4c.ir.formats import Scheme
 from dsv4c.ir.graph import Op, Value
 
-from .dialect import INTEGERS, Dialect, VendorNode
+from . import static_codes
+from .dialect import INTEGERS, LATER, Dialect, VendorNode
 from .folding import fold
 from .graph import Arg, Body, Infos
 from .lowering import Context, V
@@ -51,7 +53,7 @@ class StaticContext(Context):
         inputs, outputs: the border of the model, in order.
         probes: layer -> the tensor of its residual streams, for checks.
         quantised: numbers that came from INT8 codes -> those.
-        halves: FLOAT numbers that came from BFLOAT16 -> those.
+        halves: FLOAT numbers that came from BFLOAT16 or FLOAT16 -> those.
     """
 
     def __init__(self, dialect: Dialect) -> None:
@@ -63,11 +65,12 @@ class StaticContext(Context):
         self.probes: dict[str, V] = {}
         self.quantised: dict[V, Quantised] = {}
         self.halves: dict[V, V] = {}
-        self._opsets = [helper.make_opsetid("", dialect.opset)]
+        later = [helper.make_opsetid(LATER, dialect.runs_as)] if dialect.runs_as else []
+        self._opsets = [helper.make_opsetid("", dialect.opset), *later]
         self._types: dict[str, Any] = {}
         self._known: dict[str, Arr] = {}
         self._stored: dict[Value, Stored] = {}
-        self._scales: dict[Value, Stored] = {}
+        self._scales: dict[Value, tuple[Stored, Scheme]] = {}
         self._declared: dict[str, TensorProto] = {}
         self._functions: dict[str, FunctionProto] = {}
 
@@ -79,31 +82,37 @@ class StaticContext(Context):
         self._types[name] = helper.make_tensor_type_proto(element, list(shape))
         return V(name)
 
-    def holds(self, value: Value, stored: Stored, scales: Stored | None = None) -> None:
+    def holds(
+        self, value: Value, stored: Stored, scales: Stored | None = None, scheme: Scheme | None = None
+    ) -> None:
         """Say where the bytes of a weight lie, or its codes and scales; declared when something reads it."""
         self._stored[value] = stored
-        if scales:
-            self._scales[value] = scales
+        if scales and scheme:
+            self._scales[value] = scales, scheme
 
     def tensor(self, op: Op, index: int) -> V:
-        """Operand `index` as numbers; codes are decoded where they stand."""
+        """Operand `index` as FLOAT numbers, or the integers it is; decoded where it stands."""
         value = op.operands[index]
         if value not in self._stored:
             return super().tensor(op, index)
-        numbers = self.view(op, index)
-        return self.decoded(numbers, self.scales(op, index)) if value in self._scales else numbers
+        held, scheme = self.view(op, index), self.scheme(op, index)
+        if scheme is not None:
+            return static_codes.decoded(self, held, self.scales(op, index), scheme)
+        return self.op("Cast", held, to=TensorProto.FLOAT) if self.is_half(op, index) else held
 
-    def is_packed(self, op: Op, index: int) -> bool:
-        """Whether a weight operand is held as codes and scales."""
-        return op.operands[index] in self._scales
+    def scheme(self, op: Op, index: int) -> Scheme | None:
+        """How a weight operand that is held as codes and scales is; None for one that is held as numbers."""
+        found = self._scales.get(op.operands[index])
+        return found[1] if found else None
 
-    def decoded(self, codes: V, scales: V) -> V:
-        """INT8 codes times scales that broadcast over them, as FLOAT."""
-        return self.op("Mul", self.op("Cast", codes, to=TensorProto.FLOAT), scales)
+    def is_half(self, op: Op, index: int) -> bool:
+        """Whether a weight operand is held as FLOAT16 numbers."""
+        stored = self._stored.get(op.operands[index])
+        return stored is not None and stored.element == TensorProto.FLOAT16
 
     def scales(self, op: Op, index: int, *shape: int) -> V:
-        """The scales of a packed weight operand, [..., rows, 1] or under another shape."""
-        return self._view(self._scales[op.operands[index]], shape)
+        """The scales of a weight operand that is held as codes, as they lie or under another shape."""
+        return self._view(self._scales[op.operands[index]][0], shape)
 
     def view(self, op: Op, index: int, *shape: int) -> V:
         """A weight operand, numbers or codes, its bytes seen under another shape where one is given."""
@@ -186,11 +195,11 @@ class StaticContext(Context):
             sizes = np.broadcast_shapes(*(self.shape_of(V(n)) for n in names))
             self._types[node.output[0]] = helper.make_tensor_type_proto(TensorProto.BOOL, list(sizes))
             return
-        schema = defs.get_schema(node.op_type, self.dialect.opset, "")
+        schema = defs.get_schema(node.op_type, self.dialect.runs_as or self.dialect.opset, "")
         data = {n: self._tensors[n] for n in names if n in self._tensors}
         types = {n: self._types[n] for n in names if n}
         found = infer_node_outputs(
-            schema, node, types, data, opset_imports=self._opsets, ir_version=self.dialect.ir_version
+            schema, node, types, data, opset_imports=self._opsets[:1], ir_version=self.dialect.ir_version
         )
         for name, type_ in found.items():
             dims = type_.tensor_type.shape.dim
@@ -205,6 +214,10 @@ class StaticContext(Context):
         if isinstance(arg, str):
             return self._known.get(arg)
         return np.array(arg, np.float32 if isinstance(arg, float) else np.int64)
+
+    def constant(self, value: Arr) -> V:
+        """Numbers that are known, as a tensor of the graph where something reads them."""
+        return self._constant(value)
 
     def _constant(self, value: Arr) -> V:
         name = self._fresh("constant")

@@ -1,4 +1,4 @@
-"""INT8 in fixed shapes: inputs rounded per token, and products of codes.
+"""INT8 in fixed shapes: the codes of a value, and products of codes.
 
 Where the dialect has no product of INT8 codes, the codes are decoded and the product is one of FLOAT: the
 same numbers but for the order of sums.
@@ -11,11 +11,9 @@ from math import prod
 
 from onnx import TensorProto
 
-from dsv4c.errors import TargetError
 from dsv4c.ir.graph import Op
 
-from . import core
-from .lowering import Context, V, integer
+from .lowering import V
 from .static import StaticContext
 
 LARGEST = 127.0
@@ -32,42 +30,13 @@ class Quantised:
     shape: tuple[int, ...]
 
 
-def round_values(g: Context, op: Op) -> V:
-    """x [...,K] -> x rounded: to BF16, or to 127 steps of the largest magnitude of each token, ties to even.
-
-    Raises:
-        TargetError: another rounding.
-    """
-    assert isinstance(g, StaticContext)
-    rule = op.attrs["rule"], op.attrs["block"], integer(op, "channels")
-    if rule == ("bf16", 0, 0):
-        return _to_bf16(g, g.tensor(op, 0))
-    if rule != ("int8", 0, 0):
-        what = f"round_values by {op.attrs['rule']}, block {op.attrs['block']}"
-        raise TargetError(f"{g.dialect.name} has no {what}", where=op.loc, allowed="int8 over rows, bf16")
-    held = quantised(g, g.tensor(op, 0))
-    whole = g.op("Reshape", held.codes, list(held.shape))
-    result = g.decoded(whole, g.op("Reshape", held.scales, [*held.shape[:-1], 1]))
-    g.quantised[result] = held
-    return result
-
-
-def _to_bf16(g: StaticContext, x: V) -> V:
-    """x as FLOAT after a stay in BF16; one that has just come from there is left alone."""
-    if x in g.halves:
-        return x
-    half = g.op("Cast", x, to=TensorProto.BFLOAT16)
-    result = g.op("Cast", half, to=TensorProto.FLOAT)
-    g.halves[result] = half
-    return result
-
-
 def quantised(g: StaticContext, x: V) -> Quantised:
     """The codes of x [...,K]; nodes that end up unread are dropped with the model."""
     sizes = g.shape_of(x)
     rows, width = prod(sizes[:-1]), sizes[-1]
-    if "dynamic_quant" in g.dialect.vendor and x in g.halves:
-        flat = g.op("Reshape", g.halves[x], [rows, width])
+    half = g.halves.get(x)
+    if "dynamic_quant" in g.dialect.vendor and half and g.element_of(half) == TensorProto.BFLOAT16:
+        flat = g.op("Reshape", half, [rows, width])
         types = [(TensorProto.INT8, (rows, width)), (TensorProto.FLOAT, (rows,))]
         codes, scales = g.vendor("dynamic_quant", [flat], types)
         return Quantised(codes, scales, sizes)
@@ -79,18 +48,15 @@ def quantised(g: StaticContext, x: V) -> Quantised:
     return Quantised(codes, g.op("Reshape", scale, [rows]), sizes)
 
 
-def linear(g: Context, op: Op) -> V:
-    """x [...,K], w [N,K] -> [...,N]; codes by codes where both are INT8 and the dialect multiplies them.
+def linear(g: StaticContext, op: Op, rounds: bool) -> V:
+    """x [...,K], w [N,K] in INT8 -> [...,N]; codes by codes where x has some and the dialect multiplies them.
 
-    Its product is in BF16, so it serves where the graph rounds the result to that.
+    Args:
+        rounds: whether the graph rounds the result to BF16, which is what that product gives.
     """
-    assert isinstance(g, StaticContext)
     held = g.quantised.get(g.tensor(op, 0))
-    if not g.is_packed(op, 1):
-        return core.linear(g, op)
     codes = g.view(op, 1)
     n = g.shape_of(codes)[0]
-    rounds = all(user.name == "round_values" and user.attrs["rule"] == "bf16" for user in op.result.users())
     if held is None or "int8_matmul" not in g.dialect.vendor or not rounds:
         x = g.tensor(op, 0)
         flat = g.op("Reshape", x, [prod(g.shape_of(x)[:-1]), g.shape_of(x)[-1]])

@@ -10,25 +10,72 @@ from __future__ import annotations
 
 from onnx import TensorProto
 
+from dsv4c.errors import TargetError
 from dsv4c.ir.graph import Op
 
+from . import static_codes
 from .core import swiglu
 from .lowering import Context, V, number, size
 from .static import StaticContext
+from .static_rounding import e4m3
 
 GATHER_COST = 3
 """A gathered matrix is read, written, and read again; one that is used in place is read once."""
 
 
 def expert_mlp(g: Context, op: Op) -> V:
-    """x [B,T,d], ids [B,T,k], weights [B,T,k], n_valid [B], w13 [E,2I,d], w2 stored [E,I,d] -> [B,T,d].
+    """x [B,T,d], ids [B,T,k], weights [B,T,k], n_valid [B], w13 [E,2I,d], w2 [E,d,I] -> [B,T,d].
 
-    Padding passes through like any token: its rows are its own.
+    Numbers and INT8 codes of w2 are stored [E,I,d], codes in blocks as they were. Padding passes through like
+    any token: its rows are its own. With rounding = "fp16" products are of FLOAT16, one for each expert.
+
+    Raises:
+        TargetError: rounding = "fp16" over weights that are not FLOAT16.
     """
     assert isinstance(g, StaticContext)
+    if op.attrs["rounding"] == "fp16" and not (g.is_half(op, 4) and g.is_half(op, 5)):
+        raise TargetError(
+            'expert_mlp with rounding = "fp16" over other weights', where=op.loc, allowed="weights in FP16",
+            hint='requantise{experts="fp16"} and narrow_weights{storage="fp16"}',
+        )  # fmt: skip
     routes = size(op, 1, 0) * size(op, 1, 1) * size(op, 1, 2)
     body = _gathered if GATHER_COST * routes <= size(op, 4, 0) else _dense
     return g.op("Reshape", body(g, op), list(g.shape_of(g.tensor(op, 0))))
+
+
+def _factor(g: StaticContext, op: Op, x: V) -> V:
+    """x as products take it: FLOAT16 under that rounding."""
+    if op.attrs["rounding"] != "fp16":
+        return x
+    return g.halves.get(x) or g.op("Cast", x, to=TensorProto.FLOAT16)
+
+
+def _product(g: StaticContext, op: Op, a: V, b: V) -> V:
+    """a b as FLOAT."""
+    y = g.op("MatMul", a, b)
+    return y if op.attrs["rounding"] != "fp16" else g.op("Cast", y, to=TensorProto.FLOAT)
+
+
+def _hidden(g: StaticContext, op: Op, gate: V, up: V, share: V) -> V:
+    """What enters w2, rounded as the op says."""
+    hidden = g.op("Mul", swiglu(g, gate, up, number(op, "limit")), share)
+    if op.attrs["rounding"] == "mxfp8":
+        return e4m3(g, hidden, 32)
+    return _factor(g, op, hidden)
+
+
+def _by_row(g: StaticContext, op: Op, index: int) -> bool:
+    """Whether codes have a scale per row, by which a product of them can be multiplied."""
+    scheme = g.scheme(op, index)
+    return scheme is not None and scheme.name == "int8"
+
+
+def _in_blocks(g: StaticContext, op: Op, index: int) -> bool:
+    """Whether codes have scales in blocks and lie as the op says, so that they are decoded before."""
+    return g.scheme(op, index) is not None and not _by_row(g, op, index)
+
+
+# ---------------------------------------------------------------------------------------- few routes
 
 
 def _gathered(g: StaticContext, op: Op) -> V:
@@ -37,47 +84,69 @@ def _gathered(g: StaticContext, op: Op) -> V:
     tokens, width, chosen = size(op, 0, 0) * size(op, 0, 1), size(op, 0, 2), size(op, 1, 2)
     inner, routes = size(op, 5, 2), tokens * chosen
     flat = g.op("Reshape", ids, [routes])
-    rows = g.op("Expand", g.op("Reshape", x, [tokens, 1, width, 1]), [tokens, chosen, width, 1])
-    rows = g.op("Reshape", rows, [routes, width, 1])
-    both = g.op("MatMul", _of_routes(g, op, 4, flat), rows)
-    if g.is_packed(op, 4):
+    rows = g.op("Reshape", _factor(g, op, x), [tokens, 1, width, 1])
+    rows = g.op("Reshape", g.op("Expand", rows, [tokens, chosen, width, 1]), [routes, width, 1])
+    both = _product(g, op, _of_routes(g, op, 4, flat), rows)
+    if _by_row(g, op, 4):
         both = g.op("Mul", both, g.op("Gather", g.scales(op, 4), flat, axis=0))
     gate, up = g.multi("Split", 2, g.op("Reshape", both, [routes, 1, 2 * inner]), [inner, inner], axis=-1)
-    hidden = g.op("Mul", swiglu(g, gate, up, number(op, "limit")), g.op("Reshape", weights, [routes, 1, 1]))
-    y = g.op("MatMul", hidden, _of_routes(g, op, 5, flat))
-    if g.is_packed(op, 5):
+    hidden = _hidden(g, op, gate, up, g.op("Reshape", weights, [routes, 1, 1]))
+    down = _of_routes(g, op, 5, flat)
+    if _in_blocks(g, op, 5):
+        y = _product(g, op, down, g.op("Reshape", hidden, [routes, inner, 1]))
+    else:
+        y = _product(g, op, hidden, down)
+    if _by_row(g, op, 5):
         scales = g.scales(op, 5, size(op, 4, 0), 1, width)
         y = g.op("Mul", y, g.op("Gather", scales, flat, axis=0))
     return g.op("ReduceSum", g.op("Reshape", y, [tokens, chosen, width]), [1], keepdims=0)
 
 
 def _of_routes(g: StaticContext, op: Op, index: int, experts: V) -> V:
-    """The matrices of some experts [routes,...] as FLOAT, codes without their scales."""
+    """The matrices of some experts [routes,...]: numbers, or codes with a scale per row without it."""
     chosen = g.op("Gather", g.view(op, index), experts, axis=0)
-    return g.op("Cast", chosen, to=TensorProto.FLOAT) if g.is_packed(op, index) else chosen
+    if _by_row(g, op, index):
+        return g.op("Cast", chosen, to=TensorProto.FLOAT)
+    if scheme := g.scheme(op, index):
+        return static_codes.decoded(g, chosen, g.op("Gather", g.scales(op, index), experts, axis=0), scheme)
+    return chosen if op.attrs["rounding"] == "fp16" else _float(g, op, index, chosen)
+
+
+def _float(g: StaticContext, op: Op, index: int, numbers: V) -> V:
+    return g.op("Cast", numbers, to=TensorProto.FLOAT) if g.is_half(op, index) else numbers
+
+
+# --------------------------------------------------------------------------------------- many routes
 
 
 def _dense(g: StaticContext, op: Op) -> V:
     """[N,d]: two products with the matrices of many experts side by side.
 
-    Numbers are multiplied where they lie, all at once; codes are decoded for as many experts at a time as the
-    dialect lets temporaries hold.
+    Numbers are multiplied where they lie, all at once; codes are decoded, and products of single experts
+    made, for as many experts at a time as the dialect lets temporaries hold.
     """
     experts, inner, width = size(op, 4, 0), size(op, 5, 2), size(op, 0, 2)
-    tokens = size(op, 0, 0) * size(op, 0, 1)
-    rows, share = g.op("Reshape", g.tensor(op, 0), [tokens, width]), _shares(g, op)
-    packed = g.is_packed(op, 4) or g.is_packed(op, 5)
-    step = max(1, min(experts, g.dialect.held // (2 * inner * width))) if packed else experts
+    tokens, half = size(op, 0, 0) * size(op, 0, 1), op.attrs["rounding"] == "fp16"
+    rows, share = g.op("Reshape", _factor(g, op, g.tensor(op, 0)), [tokens, width]), _shares(g, op)
+    each = tokens * (2 * inner + width) if half else 2 * inner * width
+    packed = half or any(g.scheme(op, i) is not None for i in (4, 5))
+    step = max(1, min(experts, g.dialect.held // each)) if packed else experts
     total: V | None = None
     for first in range(0, experts, step):
         last = min(first + step, experts)
         count = last - first
         both = g.matmul_t(rows, _some(g, op, 4, first, last))
+        both = g.op("Cast", both, to=TensorProto.FLOAT) if half else both
         by_expert = g.op("Reshape", both, [tokens, count, 2 * inner])
         gate, up = g.multi("Split", 2, by_expert, [inner, inner], axis=-1)
         own = g.op("Reshape", g.op("Slice", share, [first], [last], [1]), [tokens, count, 1])
-        hidden = g.op("Mul", swiglu(g, gate, up, number(op, "limit")), own)
-        y = g.op("MatMul", g.op("Reshape", hidden, [tokens, count * inner]), _some(g, op, 5, first, last))
+        hidden, down = _hidden(g, op, gate, up, own), _some(g, op, 5, first, last)
+        if half:
+            down = g.op("Reshape", down, [count, inner, width])
+            apart = _product(g, op, g.op("Transpose", hidden, perm=[1, 0, 2]), down)
+            y = g.op("ReduceSum", apart, [0], keepdims=0)
+        else:
+            y = g.op("MatMul", g.op("Reshape", hidden, [tokens, count * inner]), down)
         total = y if total is None else g.op("Add", total, y)
     assert total is not None
     return total
@@ -86,15 +155,22 @@ def _dense(g: StaticContext, op: Op) -> V:
 def _some(g: StaticContext, op: Op, index: int, first: int, last: int) -> V:
     """The matrices of experts first .. last-1 one below the other: [n*2I,d] of operand 4, [n*I,d] of 5."""
     experts, inner, width = size(op, 4, 0), size(op, 5, 2), size(op, 0, 2)
-    height = 2 * inner if index == 4 else inner
-    if not g.is_packed(op, index):
-        whole = g.view(op, index, experts * height, width)
-        return g.op("Slice", whole, [first * height], [last * height], [0])
-    scales = (experts, height, 1) if index == 4 else (experts, 1, width)
-    codes, by = (
-        g.op("Slice", x, [first], [last], [0]) for x in (g.view(op, index), g.scales(op, index, *scales))
-    )
-    return g.op("Reshape", g.decoded(codes, by), [(last - first) * height, width])
+    height, scheme = 2 * inner if index == 4 else inner, g.scheme(op, index)
+    if scheme is None:
+        whole = g.op(
+            "Slice", g.view(op, index, experts * height, width), [first * height], [last * height], [0]
+        )
+        return whole if op.attrs["rounding"] == "fp16" else _float(g, op, index, whole)
+    down = index == 5 and _by_row(g, op, index)
+    scales = g.scales(op, index, experts, 1, width) if down else g.scales(op, index)
+    codes, by = (g.op("Slice", x, [first], [last], [0]) for x in (g.view(op, index), scales))
+    if down:  # a scale per row of what is a column here
+        numbers = g.op("Mul", g.op("Cast", codes, to=TensorProto.FLOAT), by)
+    else:
+        numbers = static_codes.decoded(g, codes, by, scheme)
+    if index == 5 and not down:
+        numbers = g.op("Transpose", numbers, perm=[0, 2, 1])
+    return g.op("Reshape", numbers, [(last - first) * height, width])
 
 
 def _shares(g: StaticContext, op: Op) -> V:

@@ -6,7 +6,6 @@ model carries marks, which the runtime overwrites with as many characters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -14,16 +13,18 @@ import numpy as np
 from onnx import TensorProto
 
 from dsv4c.errors import TargetError
-from dsv4c.ir.dtypes import Array, DType, decode
+from dsv4c.ir.dtypes import Array, DType
 from dsv4c.ir.graph import Op
-from dsv4c.ir.weights import TensorStore, WeightExpr, materialise, stack, transpose
+from dsv4c.ir.weights import TensorStore, WeightExpr, stack, transpose
 from dsv4c.runtime.container import ArtifactWriter
+
+from .pieces import code_pieces, pieces
 
 LOCATION_MARK = "@location@".ljust(258, "@")
 """Stands for the file; room for "./" and the longest name that usual file systems allow, 255 bytes."""
 
-BAND = 1 << 25
-"""Bytes of decoded rows made at a time."""
+SCALES = ".scales"
+"""Behind the name of the codes they belong to."""
 
 
 def offset_mark(index: int) -> str:
@@ -68,19 +69,55 @@ _INTEGERS = {DType.I32: TensorProto.INT32, DType.I8: TensorProto.INT8}
 
 
 def store_weight(
-    expr: WeightExpr, name: str, index: int, store: TensorStore, writer: ArtifactWriter, where: str
-) -> Stored:
+    expr: WeightExpr, name: str, index: int, store: TensorStore, writer: ArtifactWriter, where: str,
+    half: bool = False,
+) -> Stored:  # fmt: skip
     """Stream one weight into the artifact, as f32 or as the integers it is; `index` counts the calls.
+
+    Args:
+        half: keep FP16 numbers as they are.
 
     Raises:
         TargetError: the weight is neither of floats nor of 8-bit or 32-bit integers.
     """
     if not expr.dtype.is_float and expr.dtype not in _INTEGERS:
         raise TargetError(f"cannot store {expr.dtype.value}", where=where, allowed="floats, i32, i8")
+    if half and expr.dtype is DType.F16:
+        numbers = (piece.astype(np.float16) for piece in pieces(expr, store))  # which they are
+        writer.add_tensor(name, expr.dtype.value, expr.shape, numbers)
+        return Stored(name, index, TensorProto.FLOAT16, expr.shape, expr.nbytes)
     dtype = DType.F32 if expr.dtype.is_float else expr.dtype
     element = TensorProto.FLOAT if expr.dtype.is_float else _INTEGERS[dtype]
-    writer.add_tensor(name, dtype.value, expr.shape, _pieces(expr, store))
+    writer.add_tensor(name, dtype.value, expr.shape, pieces(expr, store))
     return Stored(name, index, element, expr.shape, dtype.itemsize * prod(expr.shape))
+
+
+_CODES = {
+    DType.I8: TensorProto.INT8, DType.F8E4M3: TensorProto.FLOAT8E4M3FN, DType.F4E2M1X2: TensorProto.UINT8,
+    DType.F8E8M0: TensorProto.UINT8, DType.F32: TensorProto.FLOAT,
+}  # fmt: skip
+"""Types of codes and scales -> what ONNX is told; pairs of E2M1, and E8M0, are bytes."""
+
+
+def store_codes(
+    codes: WeightExpr, scales: WeightExpr, name: str, index: int, store: TensorStore, writer: ArtifactWriter,
+    as_bytes: bool = False,
+) -> tuple[Stored, Stored]:  # fmt: skip
+    """Stream codes under `name` and after them their scales, which takes the next index; bits stay bits.
+
+    Every matrix is read once; of the scales of a weight all are held.
+
+    Args:
+        as_bytes: declare codes of 8-bit floats as bytes, for nodes that take no such type.
+    """
+    made: list[Array] = []
+    writer.add_tensor(name, codes.dtype.value, codes.shape, code_pieces(codes, scales, store, made))
+    writer.add_tensor(name + SCALES, scales.dtype.value, scales.shape, made)
+    element = TensorProto.UINT8 if as_bytes and codes.dtype.is_float else _CODES[codes.dtype]
+    return (
+        Stored(name, index, element, codes.shape, codes.nbytes),
+        Stored(name + SCALES, index + 1, _CODES[scales.dtype], scales.shape, scales.nbytes),
+    )
 
 
 def transposed(expr: WeightExpr) -> WeightExpr:
@@ -88,16 +125,3 @@ def transposed(expr: WeightExpr) -> WeightExpr:
     if expr.op == "stack":
         return stack(tuple(transpose(x) for x in expr.args))
     return transpose(expr)
-
-
-def _pieces(expr: WeightExpr, store: TensorStore) -> Iterator[Array]:
-    """The decoded rows in order: one entry of a stack, and of that `BAND` bytes, at a time."""
-    if expr.op in ("stack", "concat"):
-        for arg in expr.args:
-            yield from _pieces(arg, store)
-        return
-    raw = np.atleast_1d(materialise(expr, store))
-    step = max(1, BAND // max(1, 4 * prod(raw.shape[1:])))
-    for start in range(0, raw.shape[0], step):
-        rows = decode(raw[start : start + step], expr.dtype)
-        yield np.ascontiguousarray(rows, np.float32 if expr.dtype.is_float else expr.dtype.storage)

@@ -29,42 +29,51 @@ def emit_tvm(
 ) -> None:
     """Write sections `code` and `tvm_runtime`, the packed weights, and meta `tvm`.
 
+    Each of `module.parts` gets a section `code.NAME` and meta `tvm.parts.NAME` of its own.
+
     Raises:
         TargetError: an op has no lowering.
         ToolchainError: no linker is found.
     """
-    cpu = cross_attributes(arch)
-    context, relax_module = build_relax(module, simd_of(arch))
-    progress("code", 0, 1)
-    code = compile_module(relax_module, cpu)
-    progress("code", 1, 1)
-    writer.add_section("code", code)
+    programs = {"": module, **module.parts}
+    built = {}
+    for index, (name, one) in enumerate(programs.items()):
+        progress("code", index, len(programs))
+        built[name], relax_module = build_relax(one, simd_of(arch))
+        section = f"code.{name}" if name else "code"
+        writer.add_section(section, compile_module(relax_module, cross_attributes(arch)))
+    progress("code", len(programs), len(programs))
     if arch.machine == platform.machine():
         writer.add_section("tvm_runtime", _runtime_library().read_bytes())
-    total = sum(expr.nbytes for _, expr in context.packed.values())
-    total += sum(t.layout.nbytes for t in context.tables.values())
+    tables = [table for context in built.values() for table in context.tables.values()]
+    total = sum(expr.nbytes for context in built.values() for _, expr in context.packed.values())
+    total += sum(t.layout.nbytes for t in tables)
     done = 0
-    for name, (_, expr) in context.packed.items():
-        writer.add_tensor(name, expr.dtype.value, expr.shape, stream(expr, store))
-        done += expr.nbytes
-        progress("weights", done, total)
-    for table in context.tables.values():
+    for context in built.values():
+        for name, (_, expr) in context.packed.items():
+            writer.add_tensor(name, expr.dtype.value, expr.shape, stream(expr, store))
+            done += expr.nbytes
+            progress("weights", done, total)
+    for table in tables:
         # a pass may have put statistics in front of the store
         for nbytes in write_table(table, module.store or store, writer):
             done += nbytes
             progress("weights", done, total)
-    writer.set_meta("tables", tables_meta(context.tables))
+    writer.set_meta("tables", tables_meta(built[""].tables))
+    parts = {name: _facts(part, built[name]) for name, part in module.parts.items()}
+    writer.set_meta("tvm", _facts(module, built[""]) | {"writes": state_writes(module), "parts": parts})
+
+
+def _facts(module: Module, context: Context) -> dict[str, Any]:
+    """How a program is called: its arguments in order, and the names of its results."""
     inputs = {
         name: {"dtype": v.type.dtype.storage.name, "shape": [str(d) for d in v.type.shape]}
         for name, v in module.inputs.items()
     }
-    writer.set_meta(
-        "tvm",
-        {
-            "weights": list(context.packed), "tables": list(context.handles), "inputs": inputs,
-            "outputs": results_of(module), "writes": state_writes(module),
-        },
-    )  # fmt: skip
+    return {
+        "weights": list(context.packed), "tables": list(context.handles), "inputs": inputs,
+        "outputs": results_of(module),
+    }  # fmt: skip
 
 
 def build_relax(module: Module, simd: Simd = Simd.NONE) -> tuple[Context, Any]:

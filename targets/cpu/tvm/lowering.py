@@ -14,7 +14,7 @@ from dsv4c.ir.weights import WeightExpr
 
 from . import matrix
 from .context import Context, ints
-from .kernels import attend, compress, dense, hyper, route, rowwise, select, state, statistics
+from .kernels import attend, compress, dense, hyper, route, rowwise, select, state, statistics, vision
 from .kernels.product import panel_width
 from .lowering_engram import ENGRAM_LOWERINGS
 from .lowering_engram_store import ENGRAM_STORE_LOWERINGS
@@ -26,6 +26,7 @@ from .lowering_rounding import (
     rounded_expert_mlp,
     unit_norm_in_steps,
 )
+from .lowering_v41 import V41_LOWERINGS, index_select_in_blocks, route_topk_of_images
 
 Lowering = Callable[[Context, Op], None]
 
@@ -149,7 +150,8 @@ def rope_angles(c: Context, op: Op) -> None:
 
 def rotary(c: Context, op: Op) -> None:
     heads, d = _rows_of(op)
-    c.lower(op, rowwise.rotary, heads, d, ints(op.operands[1])[-1], op.attrs["inverse"])
+    kernel = vision.rotary_halves if op.attrs["halves"] else rowwise.rotary
+    c.lower(op, kernel, heads, d, ints(op.operands[1])[-1], op.attrs["inverse"])
 
 
 def position_bias(c: Context, op: Op) -> None:
@@ -164,6 +166,8 @@ def compress_(c: Context, op: Op) -> None:
 def index_select(c: Context, op: Op) -> None:
     if op.attrs["rounding"] != "none":
         return index_select_in_order(c, op)
+    if len(op.operands) > 5:
+        return index_select_in_blocks(c, op)
     heads, d = ints(op.operands[0])
     c.lower(op, select.index_select, heads, d, op.attrs["ratio"], op.attrs["k"])
 
@@ -219,6 +223,8 @@ def hc_expand(c: Context, op: Op) -> None:
 
 
 def route_topk(c: Context, op: Op) -> None:
+    if len(op.operands) > 2:
+        return route_topk_of_images(c, op)
     scores, bias = op.operands
     c.lower(op, route.route_topk, ints(scores)[0], op.attrs["k"], args=[c.values[scores], c.weight(bias)])
 
@@ -323,5 +329,6 @@ LOWERINGS: dict[str, Lowering] = {
     "route_weights": route_weights, "expert_mlp": expert_mlp, "expert_statistics": expert_statistics,
     "input_statistics": input_statistics,
     **FUSED_LOWERINGS, **ENGRAM_LOWERINGS, **ENGRAM_STORE_LOWERINGS, **ROUNDING_LOWERINGS,
+    **V41_LOWERINGS,
 }  # fmt: skip
 """Every op this emitter takes."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+from tvm import relax
+
 from dsv4c.errors import TargetError
 from dsv4c.ir import weights as w
 from dsv4c.ir.graph import Op
@@ -44,20 +47,26 @@ def entries_close(c: Context, op: Op) -> None:
 
 
 def hc_pre(c: Context, op: Op) -> None:
-    _border(c, op, border.hc_pre)
+    _border(c, op, border.hc_pre, 1)
 
 
 def hc_post_pre(c: Context, op: Op) -> None:
-    _border(c, op, border.hc_post_pre)
+    _border(c, op, border.hc_post_pre, 4)
 
 
-def _border(c: Context, op: Op, factory: Callable[..., object]) -> None:
-    *values, fn, base, scale, weight = op.operands
+def _border(c: Context, op: Op, factory: Callable[..., object], first: int) -> None:
+    """The parameters stand from operand `first`; behind them perhaps the weights that collapse."""
+    fn, base, scale, weight, *given = op.operands[first:]
     n, d = ints(op.operands[0])
-    a = border.BorderShape(n, d, is_bf16(fn), **op.attrs)  # type: ignore[arg-type]
-    args = [c.values[v] for v in values]
+    a = border.BorderShape(n, d, is_bf16(fn), given=bool(given), **op.attrs)  # type: ignore[arg-type]
+    args = [c.values[v] for v in op.operands[:first]]
     args += [c.weight(fn, lambda e: w.panel(e, a.width)), *(c.weight(v) for v in (base, scale, weight))]
-    c.lower(op, factory, a, args=args)
+    args.append(c.values[given[0]] if given else relax.const(np.zeros((1, 1, n), np.float32)))
+    b, t = (c.dim(s) for s in op.operands[0].type.shape[:2])
+    types = [c.tensor(v.type) for v in op.results]
+    own = [] if given else [relax.TensorType([b, t, c.dim(n)], "float32")]  # made, and read by nobody
+    made = c.call(c.kernel(factory, a), args, *types, *own)
+    c.values.update(zip(op.results, made, strict=False))
 
 
 def add_route(c: Context, op: Op) -> None:

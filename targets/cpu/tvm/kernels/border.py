@@ -24,8 +24,8 @@ WORTH_A_THREAD = 1 << 17
 
 @dataclass(frozen=True)
 class BorderShape:
-    """Static facts of a border: streams, width, the epsilons of mix and norms, Sinkhorn iterations, and
-    whether the projection is stored as BF16.
+    """Static facts of a border: streams, width, the epsilons of mix and norms, Sinkhorn iterations, whether
+    the projection is stored as BF16, and whether the streams are collapsed by weights from outside.
     """
 
     n: int
@@ -35,6 +35,7 @@ class BorderShape:
     norm_eps: float
     iters: int
     out_eps: float
+    given: bool = False
 
     @property
     def rows(self) -> int:
@@ -110,7 +111,10 @@ def _measure(a: BorderShape):
 
 
 def _finish(a: BorderShape):
-    """An inline `finish(m, Part, Xf, Base, Scale, G, Yf, Postf, Combf)`: what follows the streams."""
+    """An inline `finish(m, Part, Xf, Base, Scale, G, Gf, Yf, Postf, Combf, Pref)`: what follows the streams.
+
+    Pref takes the collapse weights that the mix makes; with `a.given` those of Gf are used in their place.
+    """
     n, d, k, width = a.n, a.d, a.n * a.d, a.width
     whole = d // LANES * LANES
 
@@ -171,8 +175,11 @@ def _finish(a: BorderShape):
         for j in T.serial(d):
             Yf[m * d + j] = Yf[m * d + j] * total[0] * G[j]
 
+    def chosen(own, Gf, index):
+        return Gf[index] if a.given else own
+
     @T.inline
-    def finish(m, Part, Xf, Base, Scale, G, Yf, Postf, Combf):
+    def finish(m, Part, Xf, Base, Scale, G, Gf, Yf, Postf, Combf, Pref):
         acc = T.alloc_buffer((width,), "float32")
         rho = T.alloc_buffer((1,), "float32")
         mat = T.alloc_buffer((n * n,), "float32")
@@ -187,7 +194,8 @@ def _finish(a: BorderShape):
             rho[0] = rho[0] + Part[(i + 1) * (width + LINE) + width]
         rho[0] = T.float32(1) / T.sqrt(rho[0] / T.float32(k) + T.float32(a.norm_eps))
         for i in T.unroll(n):
-            weight[i] = sigmoid(acc[i] * rho[0] * Scale[0] + Base[i]) + T.float32(a.eps)
+            Pref[m * n + i] = sigmoid(acc[i] * rho[0] * Scale[0] + Base[i]) + T.float32(a.eps)
+            weight[i] = chosen(Pref[m * n + i], Gf, m * n + i)
             Postf[m * n + i] = T.float32(2) * sigmoid(acc[n + i] * rho[0] * Scale[1] + Base[n + i])
         softmax_rows(mat, acc, rho, Base, Scale)
         divide(mat, line, 1, n)
@@ -227,17 +235,26 @@ def _expand(a: BorderShape):
     return expand
 
 
+def _given(a: BorderShape, b, s):
+    """Shape of the collapse weights from outside; one row that nobody reads where there are none."""
+    return (b, s, a.n) if a.given else (1, 1, a.n)
+
+
+def _product(sizes):
+    return sizes[0] * sizes[1] * sizes[2]
+
+
 def hc_pre(a: BorderShape):
-    """X [B,S,n,d], fn packed [1,n*d,width], base, scale [3], w [d] -> Y [B,S,d], post [B,S,n],
-    comb [B,S,n,n].
+    """X [B,S,n,d], fn packed [1,n*d,width], base, scale [3], w [d], given [B,S,n] (never read without
+    `a.given`) -> Y [B,S,d], post [B,S,n], comb [B,S,n,n], the mix's own collapse weights [B,S,n].
     """
     n, d, k, width = a.n, a.d, a.n * a.d, a.width
     measure, finish = _measure(a), _finish(a)
 
     @T.prim_func(s_tir=True)
     def func(
-        x: T.handle, w: T.handle, bs: T.handle, sc: T.handle, g: T.handle, y: T.handle, o: T.handle,
-        c: T.handle,
+        x: T.handle, w: T.handle, bs: T.handle, sc: T.handle, g: T.handle, gi: T.handle, y: T.handle,
+        o: T.handle, c: T.handle, pr: T.handle,
     ):  # fmt: skip
         T.func_attr({"tir.noalias": True})
         B = T.int64()
@@ -247,14 +264,18 @@ def hc_pre(a: BorderShape):
         Base = T.match_buffer(bs, (a.rows,), "float32")
         Scale = T.match_buffer(sc, (3,), "float32")
         G = T.match_buffer(g, (d,), "float32")
+        Given = T.match_buffer(gi, _given(a, B, S), "float32")
         Y = T.match_buffer(y, (B, S, d), "float32")
         Post = T.match_buffer(o, (B, S, n), "float32")
         Comb = T.match_buffer(c, (B, S, n, n), "float32")
+        Pre = T.match_buffer(pr, (B, S, n), "float32")
         Xf = T.decl_buffer((B * S * k,), "float32", data=X.data)
         Wf = T.decl_buffer((k * width,), weight_dtype(a.bf16), data=W.data)
         Yf = T.decl_buffer((B * S * d,), "float32", data=Y.data)
         Postf = T.decl_buffer((B * S * n,), "float32", data=Post.data)
         Combf = T.decl_buffer((B * S * n * n,), "float32", data=Comb.data)
+        Pref = T.decl_buffer((B * S * n,), "float32", data=Pre.data)
+        Gf = T.decl_buffer((_product(_given(a, B, S)),), "float32", data=Given.data)
         if B * S == 1:
             one = T.alloc_buffer((n * (width + LINE),), "float32")
             if a.spread:
@@ -263,13 +284,13 @@ def hc_pre(a: BorderShape):
             else:
                 for i in T.serial(n):
                     measure(0, i, Xf, Wf, one)
-            finish(0, one, Xf, Base, Scale, G, Yf, Postf, Combf)
+            finish(0, one, Xf, Base, Scale, G, Gf, Yf, Postf, Combf, Pref)
         else:
             for m in T.parallel(B * S):
                 part = T.alloc_buffer((n * (width + LINE),), "float32")
                 for i in T.serial(n):
                     measure(m, i, Xf, Wf, part)
-                finish(m, part, Xf, Base, Scale, G, Yf, Postf, Combf)
+                finish(m, part, Xf, Base, Scale, G, Gf, Yf, Postf, Combf, Pref)
 
     return func
 
@@ -284,7 +305,7 @@ def hc_post_pre(a: BorderShape):
     @T.prim_func(s_tir=True)
     def func(
         x: T.handle, f: T.handle, po: T.handle, pc: T.handle, w: T.handle, bs: T.handle, sc: T.handle,
-        g: T.handle, z: T.handle, y: T.handle, o: T.handle, c: T.handle,
+        g: T.handle, gi: T.handle, z: T.handle, y: T.handle, o: T.handle, c: T.handle, pr: T.handle,
     ):  # fmt: skip
         T.func_attr({"tir.noalias": True})
         B = T.int64()
@@ -297,10 +318,12 @@ def hc_post_pre(a: BorderShape):
         Base = T.match_buffer(bs, (a.rows,), "float32")
         Scale = T.match_buffer(sc, (3,), "float32")
         G = T.match_buffer(g, (d,), "float32")
+        Given = T.match_buffer(gi, _given(a, B, S), "float32")
         Z = T.match_buffer(z, (B, S, n, d), "float32")
         Y = T.match_buffer(y, (B, S, d), "float32")
         Post = T.match_buffer(o, (B, S, n), "float32")
         Comb = T.match_buffer(c, (B, S, n, n), "float32")
+        Pre = T.match_buffer(pr, (B, S, n), "float32")
         Xf = T.decl_buffer((B * S * k,), "float32", data=X.data)
         Ff = T.decl_buffer((B * S * d,), "float32", data=F.data)
         Of = T.decl_buffer((B * S * n,), "float32", data=O.data)
@@ -310,6 +333,8 @@ def hc_post_pre(a: BorderShape):
         Yf = T.decl_buffer((B * S * d,), "float32", data=Y.data)
         Postf = T.decl_buffer((B * S * n,), "float32", data=Post.data)
         Combf = T.decl_buffer((B * S * n * n,), "float32", data=Comb.data)
+        Pref = T.decl_buffer((B * S * n,), "float32", data=Pre.data)
+        Gf = T.decl_buffer((_product(_given(a, B, S)),), "float32", data=Given.data)
         if B * S == 1:
             one = T.alloc_buffer((n * (width + LINE),), "float32")
             if a.spread:
@@ -320,13 +345,13 @@ def hc_post_pre(a: BorderShape):
                 for i in T.serial(n):
                     expand(0, i, Xf, Ff, Of, Cf, Zf)
                     measure(0, i, Zf, Wf, one)
-            finish(0, one, Zf, Base, Scale, G, Yf, Postf, Combf)
+            finish(0, one, Zf, Base, Scale, G, Gf, Yf, Postf, Combf, Pref)
         else:
             for m in T.parallel(B * S):
                 part = T.alloc_buffer((n * (width + LINE),), "float32")
                 for i in T.serial(n):
                     expand(m, i, Xf, Ff, Of, Cf, Zf)
                     measure(m, i, Zf, Wf, part)
-                finish(m, part, Zf, Base, Scale, G, Yf, Postf, Combf)
+                finish(m, part, Zf, Base, Scale, G, Gf, Yf, Postf, Combf, Pref)
 
     return func

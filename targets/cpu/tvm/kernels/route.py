@@ -6,8 +6,33 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 
+def _take_best(experts: int, topk: int):
+    """An inline `take_best(b, t, left, Ids)`: ids of the topk largest, best first, ties to the lower id."""
+
+    @T.inline
+    def take_best(b, t, left, Ids):
+        best = T.alloc_buffer((1,), "int32", scope="local")
+        taken = T.alloc_buffer((experts,), "int32")
+        for e in T.serial(experts):
+            taken[e] = 0
+        for j in T.serial(topk):
+            best[0] = -1
+            for e in T.serial(experts):
+                if taken[e] == 0:
+                    if best[0] < 0:
+                        best[0] = T.cast(e, "int32")
+                    else:
+                        if left[e] > left[best[0]]:
+                            best[0] = T.cast(e, "int32")
+            taken[best[0]] = 1
+            Ids[b, t, j] = best[0]
+
+    return take_best
+
+
 def route_topk(experts: int, topk: int):
     """scores [B,S,experts], bias [experts] -> ids [B,S,topk] i32, best first, ties to the lower id."""
+    take_best = _take_best(experts, topk)
 
     @T.prim_func(s_tir=True)
     def func(s: T.handle, bias: T.handle, i: T.handle):
@@ -19,22 +44,32 @@ def route_topk(experts: int, topk: int):
         Ids = T.match_buffer(i, (B, S, topk), "int32")
         for b, t in T.grid(B, S):
             left = T.alloc_buffer((experts,), "float32")
-            best = T.alloc_buffer((1,), "int32", scope="local")
-            taken = T.alloc_buffer((experts,), "int32")
             for e in T.serial(experts):
                 left[e] = X[b, t, e] + Bias[e]
-                taken[e] = 0
-            for j in T.serial(topk):
-                best[0] = -1
-                for e in T.serial(experts):
-                    if taken[e] == 0:
-                        if best[0] < 0:
-                            best[0] = T.cast(e, "int32")
-                        else:
-                            if left[e] > left[best[0]]:
-                                best[0] = T.cast(e, "int32")
-                taken[best[0]] = 1
-                Ids[b, t, j] = best[0]
+            take_best(b, t, left, Ids)
+
+    return func
+
+
+def route_topk_of_images(experts: int, topk: int, image_token: int):
+    """As `route_topk`, with image_bias [experts] where tokens [B,S] is `image_token`."""
+    take_best = _take_best(experts, topk)
+
+    @T.prim_func(s_tir=True)
+    def func(s: T.handle, bias: T.handle, k: T.handle, image: T.handle, i: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        X = T.match_buffer(s, (B, S, experts), "float32")
+        Bias = T.match_buffer(bias, (experts,), "float32")
+        Tok = T.match_buffer(k, (B, S), "int32")
+        Image = T.match_buffer(image, (experts,), "float32")
+        Ids = T.match_buffer(i, (B, S, topk), "int32")
+        for b, t in T.grid(B, S):
+            left = T.alloc_buffer((experts,), "float32")
+            for e in T.serial(experts):
+                left[e] = X[b, t, e] + T.if_then_else(Tok[b, t] == image_token, Image[e], Bias[e])
+            take_best(b, t, left, Ids)
 
     return func
 

@@ -116,3 +116,72 @@ def index_topk(k: int):
                 Y[b, t, i] = T.if_then_else(i < at[0], ids[i], -1)
 
     return func
+
+
+def candidate_blocks(ratio: int, size: int, count: int):
+    """scores [B,S,cap], pos, n_valid -> ids [B,S,count] i32 of the best blocks, ascending, then -1.
+
+    A block is kept when fewer than `count` others are better, or as good with a lower id; the newest always.
+    """
+
+    @T.prim_func(s_tir=True)
+    def func(x: T.handle, p: T.handle, v: T.handle, y: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        C = T.int64()
+        X = T.match_buffer(x, (B, S, C), "float32")
+        P = T.match_buffer(p, (B,), "int32")
+        V = T.match_buffer(v, (B,), "int32")
+        Y = T.match_buffer(y, (B, S, count), "int32")
+        for m in T.parallel(B * S):
+            b = T.meta_var(m // S)
+            t = T.meta_var(m % S)
+            best = T.alloc_buffer(((C + (size - 1)) // size + 1,), "float32")
+            n = T.alloc_buffer((4,), "int32")  # entries, blocks, better ones, written
+            for j in T.serial(count):
+                Y[b, t, j] = -1
+            if T.cast(t, "int32") < V[b]:
+                n[0] = (P[b] + T.cast(t, "int32") + 1) // ratio
+                n[1] = (n[0] + (size - 1)) // size
+                n[3] = 0
+                for j in T.serial(n[1]):
+                    best[j] = X[b, t, j * size]
+                    for i in T.serial(T.min(size, n[0] - j * size)):
+                        best[j] = T.max(best[j], X[b, t, j * size + i])
+                if n[1] > 0:
+                    best[n[1] - 1] = T.float32(float("inf"))
+                for j in T.serial(n[1]):
+                    n[2] = 0
+                    for i in T.serial(n[1]):
+                        if best[i] > best[j] or (best[i] == best[j] and i < j):
+                            n[2] = n[2] + 1
+                    if n[2] < count:
+                        Y[b, t, n[3]] = j
+                        n[3] = n[3] + 1
+
+    return func
+
+
+def index_restrict(size: int, count: int):
+    """scores [B,S,cap], blocks [B,S,count] i32 -> scores, -inf outside the blocks."""
+
+    @T.prim_func(s_tir=True)
+    def func(x: T.handle, bl: T.handle, y: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        C = T.int64()
+        X = T.match_buffer(x, (B, S, C), "float32")
+        Blocks = T.match_buffer(bl, (B, S, count), "int32")
+        Y = T.match_buffer(y, (B, S, C), "float32")
+        for b, t in T.grid(B, S):
+            for c in T.serial(C):
+                Y[b, t, c] = T.float32(float("-inf"))
+            for j in T.serial(count):
+                if Blocks[b, t, j] >= 0:
+                    for i in T.serial(size):
+                        if Blocks[b, t, j] * size + i < T.cast(C, "int32"):
+                            Y[b, t, Blocks[b, t, j] * size + i] = X[b, t, Blocks[b, t, j] * size + i]
+
+    return func

@@ -1,0 +1,169 @@
+"""Compiles V4-Flash in its real shape for a device, from a checkpoint that is all holes, and measures it.
+
+Time, memory and the sizes of files hardly depend on what the weights are, so they are zeros: neither
+checkpoint nor artifact takes room on a disk that knows holes, though together they are 450 GB. The command is
+the real one, in a process of its own; afterwards the artifact is opened and what it holds is looked at.
+
+    python benchmarks/flash_shape.py --layers 4          # a cut-down model; without --layers all of it
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+CONFIG = HERE.parent / "tests" / "data" / "configs" / "v4-flash" / "config.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=CONFIG, help="config.json (default: V4-Flash)")
+    parser.add_argument("--layers", type=int, default=0, help="the first N layers only (default: all)")
+    parser.add_argument("--target", default="ascend:910c", help="ascend:910c, mlu:590, ...")
+    parser.add_argument("--stages", type=int, default=16, help="devices; no more than layers are used")
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--work", type=Path, help="an existing directory for checkpoint and artifact")
+    parser.add_argument("--check", action="store_true", help="also hash every byte of the artifact")
+    parser.add_argument("--keep", action="store_true", help="leave checkpoint and artifact there")
+    options = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="flash-shape-", dir=options.work))
+    try:
+        report = measure(work, options)
+    finally:
+        if options.keep:
+            print(work)
+        else:
+            shutil.rmtree(work)
+    print(table(report))
+    from run import machine
+
+    given = {**vars(options), "config": options.config.resolve().parent.name, "work": None}
+    stamp, name = datetime.now(UTC).strftime("%Y-%m-%d"), options.target.replace(":", "-")
+    (HERE / "results").mkdir(exist_ok=True)
+    file = HERE / "results" / f"{stamp}-flash-shape-{name}.json"
+    file.write_text(json.dumps({"machine": machine(), "options": given, **report}, indent=1) + "\n")
+    if report["wrong"]:
+        raise SystemExit("\n".join(report["wrong"]))
+
+
+def measure(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Checkpoint, compilation and what was found in the artifact; sizes in bytes."""
+    checkpoint, artifact = work / "checkpoint", work / "m.dsv4"
+    layers = options.layers or json.loads(options.config.read_text())["num_hidden_layers"]
+    stages = min(options.stages, layers)
+    made = run(
+        "dsv4c.frontend.generate", str(checkpoint), "--config", str(options.config), "--sparse",
+        "--layers", str(options.layers), "--shards", str(max(2, layers)),
+    )  # fmt: skip
+    compiled = run(
+        "dsv4c", "compile", str(checkpoint), "--target", options.target, "-o", str(artifact), "--no-golden",
+        "--passes", f"with(bind_shapes{{stages={stages}, context={options.context}}})",
+    )  # fmt: skip
+    found = look(artifact, checkpoint, stages, options.check)
+    return {
+        "layers": layers, "stages": stages, "checkpoint": {**made, **room(checkpoint)},
+        "compile": {**compiled, **room(artifact)}, **found,
+    }  # fmt: skip
+
+
+def run(module: str, *arguments: str) -> dict[str, Any]:
+    """Seconds, and the peak of the process's own memory, mapped files left out."""
+    start, peak = time.perf_counter(), 0
+    process = subprocess.Popen([sys.executable, "-m", module, *arguments])
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text()) if status.exists() else None
+        peak = max(peak, int(found[1]) * 1024 if found else 0)
+        time.sleep(0.05)
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return {"seconds": time.perf_counter() - start, "peak_own_bytes": peak}
+
+
+def room(path: Path) -> dict[str, int]:
+    """What files look as long as, and what they take of the disk."""
+    stats = [p.stat() for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()]
+    apparent, disk = sum(s.st_size for s in stats), sum(512 * s.st_blocks for s in stats)
+    return {"apparent_bytes": apparent, "disk_bytes": disk}
+
+
+# ------------------------------------------------------------------------- what the artifact holds
+
+
+def look(path: Path, checkpoint: Path, stages: int, full: bool) -> dict[str, Any]:
+    """Counts, and whatever is not as it should be."""
+    from dsv4c.runtime import Artifact
+
+    start = time.perf_counter()
+    artifact = Artifact.open(path, check="full" if full else "code")
+    seconds, facts = time.perf_counter() - start, artifact.meta["onnx"]["static"]
+    codes = [t for t in artifact.tensors.values() if t.dtype == "i8"]
+    return {
+        "open": {"check": "full" if full else "code", "seconds": seconds},
+        "tensors": len(artifact.tensors), "weight_bytes": artifact.weight_bytes,
+        "int8_tensors": len(codes), "int8_bytes": sum(t.nbytes for t in codes),
+        "programs": sum(len(bucket["programs"]) for bucket in facts["buckets"]),
+        "golden": "golden" in artifact.meta,
+        "wrong": list(wrong(artifact, checkpoint, stages)),
+    }  # fmt: skip
+
+
+def wrong(artifact: Any, checkpoint: Path, stages: int) -> Iterator[str]:
+    """One sentence per tensor that is not what zeros become: codes 0, scales 1, expert ids as they were.
+
+    Of stacks the first and the last matrix are looked at, of other matrices the first and the last row.
+    """
+    from dsv4c.frontend.safetensors import TensorFiles
+
+    files = TensorFiles.open(checkpoint)
+    held = sum(len(bucket["programs"]) for bucket in artifact.meta["onnx"]["static"]["buckets"])
+    if held != stages * len(artifact.meta["onnx"]["static"]["buckets"]):
+        yield f"{held} programs for {stages} stages"
+    for name, entry in artifact.tensors.items():
+        array = artifact.array(name)
+        ends = array[[0, -1]]
+        if name.endswith(".scales"):
+            good = bool((array == 1).all())
+        elif entry.dtype == "i8":
+            good = not ends.any() and name + ".scales" in artifact.tensors
+        elif name.endswith("tid2eid"):
+            good = np.array_equal(array, files.read(name))
+        else:
+            good = bool(np.isfinite(ends).all()) and (name.startswith("rope") or not ends.any())
+        if not good:
+            yield f"{name} {entry.dtype}{list(entry.shape)} is not what zeros become"
+
+
+def table(r: dict[str, Any]) -> str:
+    """The figures of a report, for a reader."""
+    made, done = r["checkpoint"], r["compile"]
+    return (
+        "| | seconds | own memory, GB | apparent GB | on disk, MB |\n|---|---|---|---|---|\n"
+        + "".join(
+            f"| {what} | {x['seconds']:.1f} | {x['peak_own_bytes'] / 1e9:.2f} "
+            f"| {x['apparent_bytes'] / 1e9:.1f} | {x['disk_bytes'] / 1e6:.1f} |\n"
+            for what, x in (("checkpoint", made), ("compile", done))
+        )
+        + f"\n{r['layers']} layers over {r['stages']} devices: {r['programs']} programs, {r['tensors']} "
+        f"tensors, {r['int8_bytes'] / 1e9:.1f} GB of INT8 in {r['int8_tensors']}; opened "
+        f"({r['open']['check']}) in {r['open']['seconds']:.1f} s, {len(r['wrong'])} tensors are wrong"
+    )
+
+
+if __name__ == "__main__":
+    main()

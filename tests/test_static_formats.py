@@ -1,0 +1,412 @@
+"""FP8, FP4 and FP16 in artifacts of fixed shapes: what is stored, what it costs in quality, what is refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+from support import B, DictStore, T, normal
+from test_model_harness import Arr, Models, feed
+from test_static_artifact import SHAPES, built, divergence, models_of, models_text
+
+import dsv4c
+from dsv4c import api
+from dsv4c.cli import main
+from dsv4c.errors import CompileError, TargetError, UsageError
+from dsv4c.ir import weights as w
+from dsv4c.ir.dtypes import DType
+from dsv4c.ir.encode import encode
+from dsv4c.ir.formats import SCHEMES
+from dsv4c.ir.graph import Builder, Module, Value
+from dsv4c.ir.levels import Level
+from dsv4c.ir.meaning import Evaluator
+from dsv4c.ir.packed import packed_form
+from dsv4c.ir.quantised import decode, encode_codes
+from dsv4c.ir.types import f32, i32
+from dsv4c.ir.weights import WeightExpr, stream
+from dsv4c.passes.weight_classes import weight_class
+from dsv4c.quality import compile_measured
+from dsv4c.runtime import Artifact, Session
+from dsv4c.runtime.container import ArtifactWriter
+from dsv4c.runtime.static_backend import OnnxProgram
+from dsv4c.runtime.verify import verify
+from dsv4c.targets import parse_target
+from dsv4c.targets.onnx.emit_static import emit_static
+
+FORMATS = (("ascend:950", "fast"), ("ascend:910c", "half"), ("ascend:950", "half"), ("mlu:590", "half"))
+PACKED = ("fp8", "fp8_f32", "mxfp8", "mxfp4")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("formats")
+
+
+# -------------------------------------------------------------------------------------- whole models
+
+
+@pytest.mark.parametrize("name", ["v4", "v4_r16", "kjv"])
+@pytest.mark.parametrize(("target", "numerics"), FORMATS)
+def test_every_format_verifies_block_by_block(
+    models: Models, folder: Path, target: str, numerics: str, name: str
+) -> None:
+    checks = verify(Artifact.open(built(models, folder, name, target, numerics)), threads=1)
+    assert all(c.ok for c in checks), [c for c in checks if not c.ok]
+    assert sum(c.name.startswith("block") for c in checks) == 5
+
+
+@pytest.mark.parametrize(
+    ("target", "numerics", "least", "most"),
+    [("ascend:950", "fast", 0.95, 0.005), ("mlu:590", "half", 0.99, 1e-4)],
+)
+def test_little_is_lost(
+    models: Models, folder: Path, target: str, numerics: str, least: float, most: float
+) -> None:
+    """On the trained example's held-out text, against the model as stored; other arithmetic it is."""
+    ids = models_text(models, 400)
+    want = dsv4c.evaluate(models.module("kjv"), ids)
+    session = Session(built(models, folder, "kjv", target, numerics), threads=1)
+    found = feed(session, ids, [len(ids)])
+    assert (found.argmax(1) == want.argmax(1)).mean() > least
+    assert 1e-7 < divergence(want, found) < most
+
+
+def test_what_the_released_formats_cost_is_in_the_report(models: Models, tmp_path: Path) -> None:
+    """The baseline is the same arch in exact numerics, whatever the arch is."""
+    ids, path = models_text(models, 200), tmp_path / "m.dsv4"
+    compile_measured(models.checkpoint("kjv"), ids, target="ascend:950", passes=SHAPES, output=path)
+    report = Artifact.open(path).meta["report"]
+    assert 0 < report["quality"]["kl"]["mean"] < 0.006 and report["quality"]["top1"] > 0.95
+
+
+def test_codes_are_the_checkpoints_own(models: Models, folder: Path) -> None:
+    """Every FP4 and FP8 tensor and every scale, bit for bit, but for the order of experts in their stack."""
+    artifact = Artifact.open(built(models, folder, "kjv", "ascend:950", "fast"))
+    module, kinds = models.module("kjv"), Counter[str]()
+    experts: dict[str, list[tuple[bytes, bytes]]] = {}
+    for op in module.weights():
+        held = packed_form(op.weight) if op.weight is not None else None
+        if held is None or module.store is None:
+            continue
+        codes, scales = (b"".join(p.tobytes() for p in stream(x, module.store)) for x in held.parts)
+        if weight_class(op) == "experts":
+            layer, _, which = op.loc.partition(".experts.")
+            where = f"{layer}.experts.{'w2' if '.w2' in which else 'w13'}"
+            experts.setdefault(where, []).append((codes, scales))
+        else:
+            experts[op.loc] = [(codes, scales)]
+        kinds[held.scheme.name] += 1
+    assert kinds["mxfp4"] == 5 * 8 * 3 and kinds["fp8"] >= 5 * 8
+    for name, parts in experts.items():
+        codes, scales = artifact.tensors[name], artifact.tensors[f"{name}.scales"]
+        assert bytes(artifact.tensor(name).tobytes()) == b"".join(c for c, _ in parts), name
+        assert bytes(artifact.tensor(f"{name}.scales").tobytes()) == b"".join(s for _, s in parts), name
+        assert codes.dtype in ("f8e4m3", "f4e2m1x2") and scales.dtype == "f8e8m0"
+
+
+def test_bf16_checkpoints_become_mxfp8_and_mxfp4(models: Models) -> None:
+    """And nothing else does: compressors, head and embedding stay numbers."""
+    target, arch = parse_target("ascend:950")
+    _, passes = api.in_numerics(target, arch, target.format(""))
+    lowered = api.lower(models.module("ratio128"), "ascend:950", passes=passes).module
+    found: dict[str, set[str]] = {}
+    for op in lowered.weights():
+        held = packed_form(op.weight) if op.weight is not None else None
+        found.setdefault(weight_class(op), set()).add(held.scheme.name if held else "numbers")
+    assert found["experts"] == {"mxfp4"} and found["shared"] == {"mxfp8"} and "mxfp8" in found["attention"]
+    assert all(found[kind] == {"numbers"} for kind in ("compressor", "head", "embedding", "router"))
+
+
+# ------------------------------------------------------------------------------- what is in the files
+
+
+@pytest.mark.parametrize(("target", "numerics"), FORMATS)
+def test_files_keep_to_the_table(models: Models, folder: Path, target: str, numerics: str) -> None:
+    path, (family, arch) = built(models, folder, "kjv", target, numerics), parse_target(target)
+    dialect = family.dialect_of(arch)
+    assert dialect is not None
+    for model in models_of(path).values():
+        versions = {o.domain: o.version for o in model.opset_import}
+        assert versions[""] == dialect.opset <= 18 and versions.get("cpu.ops", 0) == dialect.runs_as
+        for node in model.graph.node:
+            known = dialect.nodes[f"{node.domain or 'ai.onnx'}::{node.op_type}"]
+            assert any(low <= versions[node.domain] <= high for low, high in known)
+        for tensor in model.graph.initializer:
+            dialect.check_type(tensor.data_type, len(tensor.dims), tensor.name, "file")
+
+
+def elements(path: Path, program: str) -> dict[str, int]:
+    """Name of a stored tensor -> its element type in one program."""
+    return {t.name: t.data_type for t in models_of(path)[program].graph.initializer if t.external_data}
+
+
+def test_types_of_weights(models: Models, folder: Path) -> None:
+    for program in ("onnx.1", "onnx.24"):
+        fp8 = elements(built(models, folder, "kjv", "ascend:950", "fast"), program)
+        assert fp8["layers.1.attn.wq_b.weight"] == TensorProto.FLOAT8E4M3FN
+        assert fp8["layers.1.ffn.experts.w13"] == fp8["layers.1.ffn.experts.w2"] == TensorProto.UINT8
+        assert fp8["layers.1.ffn.experts.w2.scales"] == TensorProto.UINT8
+        assert fp8["head.weight"] == TensorProto.FLOAT
+        half = elements(built(models, folder, "kjv", "mlu:590", "half"), program)
+        for name in ("attn.wq_b.weight", "attn.wo_a.weight", "ffn.experts.w13", "ffn.experts.w2"):
+            assert half[f"layers.1.{name}"] == TensorProto.FLOAT16
+        assert half["layers.1.ffn.gate.weight"] == half["embed.weight"] == TensorProto.FLOAT
+
+
+@pytest.mark.parametrize("target", ["ascend:910c", "mlu:590"])
+def test_fp16_products_are_of_fp16_numbers(models: Models, folder: Path, target: str) -> None:
+    """No product decodes its FP16 matrix: every Cast away from FLOAT16 is of a result."""
+    model = models_of(built(models, folder, "kjv", target, "half"))["onnx.24"]
+    halves = {t.name for t in model.graph.initializer if t.data_type == TensorProto.FLOAT16}
+    readers = Counter(n.op_type for n in model.graph.node if not halves.isdisjoint(n.input))
+    assert readers["Gemm"] > 40 and "Cast" not in readers
+
+
+# ---------------------------------------------------------------------------------- single operations
+
+
+class Small:
+    """A module of one op at level TARGET with random weights, and its artifact."""
+
+    def __init__(self, tmp_path: Path, target: str) -> None:
+        self.module, self.store = Module("m", Level.TARGET), DictStore()
+        self.b, self.rng, self.path = Builder(self.module), np.random.default_rng(11), tmp_path / "m.dsv4"
+        self.b.loc = "layers.0.attn"
+        family, arch = parse_target(target)
+        dialect = family.dialect_of(arch)
+        assert dialect is not None
+        self.dialect = dialect
+
+    def matrix(self, name: str, scheme: str, rows: int, cols: int) -> WeightExpr:
+        """Random numbers, some rows much larger than others."""
+        large = np.exp2(self.rng.integers(-6, 3, (rows, 1))) / np.sqrt(cols)
+        x, s = (normal(self.rng, rows, cols) * large).astype(np.float32), SCHEMES[scheme]
+        made = encode(x, s)
+        codes = self.store.add(name, s.code, made.codes)
+        if s.scale is None:
+            return codes
+        return decode(codes, self.store.add(f"{name}.s", s.scale, made.scales), scheme=s)
+
+    def run(self, tokens: int, **inputs: Arr) -> tuple[Arr, Arr]:
+        """(by the artifact, by the meaning) of output y."""
+        self.module.meta["static_shapes"] = {"batch": 1, "context": 64, "tokens": [tokens], "stages": 1}
+        with ArtifactWriter(self.path) as writer:
+            emit_static(self.module, self.store, writer, self.dialect)
+        program = OnnxProgram(Artifact.open(self.path), 1, f"onnx.{tokens}", [])
+        (got,) = program.run(["y"], inputs)
+        return got, Evaluator(self.module, self.store)(inputs, {}).outputs["y"]
+
+
+def close(got: Arr, want: Arr, tolerance: float) -> None:
+    assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
+    assert got.shape == want.shape and np.abs(want).max() > 0
+
+
+@pytest.mark.parametrize(("n", "k"), [(256, 128), (200, 160), (40, 64), (136, 256)])
+@pytest.mark.parametrize("scheme", PACKED)
+def test_linear_maps_of_codes(tmp_path: Path, scheme: str, n: int, k: int) -> None:
+    """Sizes of whole tiles, of cut ones, and smaller than one."""
+    c = Small(tmp_path, "ascend:950")
+    weight = c.b.weight(c.matrix("w", scheme, n, k), "w")
+    c.module.outputs["y"] = c.b.op("linear", c.b.input("x", f32(B, T, k)), weight)
+    close(*c.run(3, x=normal(c.rng, 1, 3, k)), 1e-6)
+
+
+def experts(c: Small, kind: str, rounding: str, count: int, inner: int, width: int) -> None:
+    def stacked(name: str, rows: int, cols: int) -> Value:
+        parts = tuple(c.matrix(f"{name}{e}", kind, rows, cols) for e in range(count))
+        return c.b.weight(w.stack(parts), f"layers.0.ffn.experts.{name}")
+
+    operands = [
+        c.b.input("x", f32(B, T, width)), c.b.input("ids", i32(B, T, 2)), c.b.input("g", f32(B, T, 2)),
+        c.b.input("n_valid", i32(B)), stacked("w13", 2 * inner, width), stacked("w2", width, inner),
+    ]  # fmt: skip
+    c.module.outputs["y"] = c.b.op("expert_mlp", *operands, limit=10.0, rounding=rounding)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize(
+    ("target", "kind", "rounding", "tolerance"),
+    [
+        *(("ascend:950", kind, rounding, 1e-5) for kind in PACKED for rounding in ("none", "mxfp8")),
+        ("ascend:910c", "int8", "none", 1e-5),
+        ("mlu:590", "fp16", "fp16", 2e-3),
+        ("mlu:590", "fp16", "none", 1e-5),
+        ("ascend:950", "f32", "mxfp8", 1e-5),
+    ],
+)
+def test_experts(
+    tmp_path: Path, target: str, kind: str, rounding: str, tolerance: float, tokens: int
+) -> None:
+    """One token gathers its experts' matrices, nine multiply all; some tokens choose no common expert."""
+    c = Small(tmp_path, target)
+    experts(c, kind, rounding, 8, 96, 160)
+    ids = np.stack([c.rng.permutation(8)[:2] for _ in range(tokens)])[None].astype(np.int32)
+    g = c.rng.uniform(0.2, 1, (1, tokens, 2)).astype(np.float32)
+    x = normal(c.rng, 1, tokens, 160)
+    close(*c.run(tokens, x=x, ids=ids, g=g, n_valid=np.array([tokens], np.int32)), tolerance)
+
+
+def test_fp16_experts_need_fp16_weights(tmp_path: Path) -> None:
+    c = Small(tmp_path, "mlu:590")
+    experts(c, "f32", "fp16", 4, 32, 32)
+    with pytest.raises(TargetError, match=r'layers.0.attn: expert_mlp with rounding = "fp16" over other'):
+        c.run(1, x=normal(c.rng, 1, 1, 32))
+
+
+def rounded(tmp_path: Path, target: str, x: Arr, **attrs: object) -> tuple[Arr, Arr]:
+    c = Small(tmp_path, target)
+    c.module.outputs["y"] = c.b.op("round_values", c.b.input("x", f32(B, T, x.shape[-1])), **attrs)
+    return c.run(x.shape[1], x=x)
+
+
+@pytest.mark.parametrize("width", [128, 80, 20])
+def test_e4m3_is_rounded_bit_for_bit(tmp_path: Path, width: int) -> None:
+    """Over 40 powers of two, at powers of two and beside them, with zeros, and a last shorter block."""
+    rng = np.random.default_rng(5)
+    x = normal(rng, 1, 400, width) * np.exp2(rng.integers(-20, 20, (1, 400, 1))).astype(np.float32)
+    x[0, 0], x[0, 1, :5] = 0, [448, -448, 447, 1e-9, -0.0]
+    x[0, 2:42, 0] = np.exp2(np.arange(-20, 20)) * 448
+    x[0, 42:82] = np.nextafter(x[0, 2:42], np.float32(np.inf))
+    got, want = rounded(tmp_path, "ascend:950", x.astype(np.float32), rule="e4m3", block=32)
+    assert np.array_equal(got, want) and np.isfinite(got).all()
+    assert not np.array_equal(got, x)
+
+
+def test_fp16_is_rounded_bit_for_bit(tmp_path: Path) -> None:
+    values = [
+        65504,
+        65519,
+        65520,
+        -1e6,
+        2.0**-14,
+        2.0**-25,
+        2.0**-25 * 1.01,
+        1 + 2.0**-11,
+        1 + 3 * 2.0**-11,
+        0,
+    ]
+    got, want = rounded(tmp_path, "mlu:590", np.array([[values]], np.float32), rule="fp16")
+    assert np.array_equal(got, want)
+    assert got[0, 0, :4].tolist() == [65504, 65504, np.inf, -np.inf] and got[0, 0, 5:7].tolist() == [
+        0,
+        2**-24,
+    ]
+    assert got[0, 0, 7:9].tolist() == [1, 1 + 2**-9]
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+def test_no_weight_beyond_fp16(models: Models, tmp_path: Path) -> None:
+    """The error names the tensor, what FP16 holds, and what to do."""
+    c = Small(tmp_path, "mlu:590")
+    big = np.ones((8, 32), np.float32)
+    big[3, 4] = 7e4
+    plain = c.store.add("layers.0.attn.wo_b.weight", DType.F32, big)
+    weight = encode_codes(plain, scheme="fp16")
+    c.module.outputs["y"] = c.b.op("linear", c.b.input("x", f32(B, T, 32)), c.b.weight(weight, "w"))
+    with pytest.raises(CompileError) as caught:
+        c.run(1, x=normal(c.rng, 1, 1, 32))
+    message = str(caught.value)
+    assert "layers.0.attn.wo_b.weight" in message and "a magnitude of 70000 is beyond FP16" in message
+    assert "allowed: 65504" in message and "hint: keep this class of weights in bf16" in message
+
+
+@pytest.mark.parametrize(
+    ("target", "numerics", "message"),
+    [
+        (
+            "ascend:910c",
+            "reference",
+            "compile for ascend:910c: numerics 'reference'; allowed: fast, half, exact",
+        ),
+        ("cpu:x86-64-v3", "half", "compile for cpu:x86-64-v3: numerics 'half'; allowed: exact, reference"),
+    ],
+)
+def test_unknown_numerics(models: Models, tmp_path: Path, target: str, numerics: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        dsv4c.compile(models.checkpoint("v4"), output=tmp_path / "m.dsv4", target=target, numerics=numerics)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("target", "front", "message"),
+    [
+        (
+            "ascend:910c",
+            'quantise_activations{rule="mxfp8"}',
+            "round_values|Cast .*f8e4m3, which ascend lacks",
+        ),
+        (
+            "mlu",
+            'quantise_activations{rule="mxfp8"}',
+            "Cast is of f8e4m3, which mlu lacks; allowed: bool, f16",
+        ),
+        (
+            "cpu",
+            'requantise{experts="fp16"},quantise_activations{rule="fp16"}',
+            "rounds by 'fp16', which format",
+        ),
+        (
+            "cpu",
+            'quantise_activations{rule="mxfp8"}',
+            "expert_mlp rounds by 'mxfp8', which format tvm does not",
+        ),
+        (
+            "mlu",
+            "apply_reference_rounding",
+            "rounds by 'reference', which format onnx does not; allowed: bf16",
+        ),
+    ],
+)
+def test_formats_a_device_lacks(
+    models: Models, tmp_path: Path, target: str, front: str, message: str
+) -> None:
+    shapes = "" if target == "cpu" else ',with(bind_shapes{tokens="1", context=64})'
+    with pytest.raises(TargetError, match=message):
+        dsv4c.compile(
+            models.checkpoint("v4"), output=tmp_path / "m.dsv4", target=target, numerics="exact",
+            passes=f"{front},default{shapes}",
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_arch_lists_its_numerics(capsys: pytest.CaptureFixture[str]) -> None:
+    target, arch = parse_target("ascend:950")
+    assert list(target.numerics_of(arch)) == list(target.numerics) == ["fast", "half", "exact"]
+    assert "mxfp8" in target.numerics_of(arch)["fast"] and "int8" in target.numerics["fast"]
+    assert main(["targets"]) == 0
+    assert "for the ATC converter of CANN; numerics fast, half, exact" in capsys.readouterr().out
+
+
+def test_passes_edit_what_numerics_made_of_the_pipeline() -> None:
+    """What they put in front stays there; edits, and whole pipelines, are of what they left."""
+    target, arch = parse_target("mlu:590")
+    form = target.format("")
+    for passes, storage in ((None, ["fp16"]), ("without(fuse_swiglu)", ["fp16"]), ("fuse_swiglu", []), (
+        'with(narrow_weights{storage="f32"})', ["f32"])):  # fmt: skip
+        name, pipeline = api.in_numerics(target, arch, form, "half", passes)
+        assert name == "half" and [p.name for p in pipeline[:2]] == ["requantise", "quantise_activations"]
+        assert [p.storage for p in pipeline if p.name == "narrow_weights"] == storage  # type: ignore[attr-defined]
+
+
+# --------------------------------------------------------------------------------- what it will cost
+
+
+def test_estimates_count_the_stored_formats(models: Models, folder: Path) -> None:
+    """Bytes of weights within one percent of the artifact's, whatever they are stored in."""
+    for target, numerics in (*FORMATS, ("ascend:910c", "fast"), ("ascend:950", "exact")):
+        artifact = Artifact.open(built(models, folder, "kjv", target, numerics))
+        (memory,) = artifact.meta["report"]["estimate"]["placement"]["memory"]
+        stored = sum(t.nbytes for t in artifact.tensors.values() if not t.name.startswith("golden."))
+        assert abs(memory["dense"] + memory["experts"] - stored) < 0.01 * stored, (target, numerics)
