@@ -307,6 +307,7 @@ def compile(
         writer.set_meta("numerics", numerics)
         writer.set_meta("model", {"name": module.name, **module.meta})
         writer.set_meta("identity", identity(lowered.reference))
+        writer.set_meta("parts", list(lowered.module.parts))
         writer.set_meta("step", {"states": _states(lowered.module)})
         seconds = time.time() - started
         facts = compile_report(module, lowered.module, lowered.records, printed, stored, seconds)

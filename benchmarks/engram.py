@@ -50,7 +50,7 @@ def compile_forms(root: Path, module: Module, hot: int, cache: int) -> tuple[Pat
     counts = row_counts(module, [calibration])
     Statistics("engram_benchmark", 2048, len(calibration), {}, counts).save(root / "rows.npz")
     options = f'stats="{root / "rows.npz"}", hot_bytes={hot}, cache_bytes={cache}'
-    passes = f"after(fuse_expert_gemms, layout_engram{{{options}}})"
+    passes = f"with(layout_engram{{{options}}})"
     notes = api.lower(module, passes=passes).module.notes["layout_engram"]
     plain = api.compile(module, output=root / "plain.dsv4", golden=False)
     return plain, api.compile(module, output=root / "laid.dsv4", passes=passes, golden=False), notes

@@ -55,7 +55,8 @@ def main() -> None:
     given = {**vars(options), "config": options.config.resolve().parent.name, "work": None}
     stamp, name = datetime.now(UTC).strftime("%Y-%m-%d"), options.target.replace(":", "-")
     (HERE / "results").mkdir(exist_ok=True)
-    file = HERE / "results" / f"{stamp}-flash-shape-{name}.json"
+    cut = f"-{options.layers}-layers" if options.layers else ""
+    file = HERE / "results" / f"{stamp}-flash-shape-{name}{cut}.json"
     file.write_text(json.dumps({"machine": machine(), "options": given, **report}, indent=1) + "\n")
     if report["wrong"]:
         raise SystemExit("\n".join(report["wrong"]))

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dsv4c.errors import ToolchainError, UsageError
+
+if TYPE_CHECKING:
+    from dsv4c.runtime.engram import TableOptions
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,25 @@ def threads_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def table_options(parser: argparse._ActionsContainer) -> None:
+    """How looked-up tables, such as those of Engram, are read; see `tables_of`."""
+    parser.add_argument(
+        "--tables", choices=("resident", "disk"),
+        help="map tables into memory, or read rows from disk as they are needed (default: as compiled)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--table-cache", type=byte_count, metavar="SIZE",
+        help="memory for rows read from disk, e.g. 512MiB (default: as compiled)",
+    )  # fmt: skip
+
+
+def tables_of(args: argparse.Namespace) -> TableOptions:
+    """What `table_options` were given."""
+    from dsv4c.runtime.engram import TableOptions
+
+    return TableOptions(args.tables, args.table_cache)
+
+
 def plugin_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plugin", action="append", default=[], metavar="FILE.py",
@@ -83,6 +106,17 @@ def integer(at_least: int) -> Callable[[str], int]:
         return value
 
     return convert
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+
+
+def byte_count(text: str) -> int:
+    """An argument type: bytes, as `1048576`, `512MiB` or `2GB`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?)B?", text.strip().upper())
+    if not found or found[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 512MiB or 2GB")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def number(text: str) -> float:

@@ -16,7 +16,7 @@ from dsv4c.errors import UsageError
 from dsv4c.runtime import Artifact, Session
 from dsv4c.runtime.session import DEFAULT_CHUNK
 
-from .base import Command, integer, json_option, threads_option
+from .base import Command, integer, json_option, table_options, tables_of, threads_option
 from .progress import Bars
 from .show import as_json, rate, size, table
 
@@ -40,6 +40,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--chunk", type=integer(1), default=DEFAULT_CHUNK, metavar="N", help="prompt tokens per step"
     )
     threads_option(parser)
+    table_options(parser)
     json_option(parser)
 
 
@@ -47,9 +48,11 @@ def _run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     artifact = Artifact.open(args.file)
     context = _context(artifact, args)
-    session = Session(artifact, batch=args.batch, context=context, threads=args.threads)
+    session = Session(artifact, args.batch, context, args.threads, tables_of(args))
     load = time.perf_counter() - started
     ids = np.random.default_rng(0).integers(0, session.model["vocab_size"], (args.batch, context), np.int32)
+    image = session.model.get("vision", {}).get("placeholder", -1)
+    ids[ids == image] = 0  # without an image its id means nothing
     prompt, rest = ids[:, : args.prompt_tokens], ids[:, args.prompt_tokens :]
     _once(session, prompt[:, : args.chunk], rest[:, :1], args.chunk)  # the first step loads pages and plans
     runs = []
@@ -101,6 +104,7 @@ def _facts(
         "peak_rss_bytes": peak_rss(),
         "weight_bytes": sum(t.nbytes for t in artifact.tensors.values() if not t.name.startswith("golden.")),
         "state_bytes": session.state_bytes,
+        "tables": session.table_statistics(),
     }
 
 
@@ -130,7 +134,18 @@ def _text(facts: dict[str, Any]) -> str:
         f"{s['prompt_tokens']} + {s['decode_tokens']} tokens, batch {s['batch']}, {s['repeat']} runs"
     )
     speed = table(speeds, ("tokens/s", "median", "min", "max"), right=[1, 2, 3])
-    return f"{head}\n\n{speed}\n\n{table(sizes, right=[1])}"
+    return "\n\n".join([head, speed, table(sizes, right=[1]), *_tables(facts["tables"])])
+
+
+def _tables(facts: dict[str, dict[str, Any]]) -> list[str]:
+    """What each looked-up table answered, and from where."""
+    rows = [
+        (name, f["tier"], f["rows"], f"{100 * f['hit_rate']:.1f} %", size(f["bytes"]), f["stalls"],
+         f"{1000 * f['stall_seconds']:.1f} ms")
+        for name, f in facts.items()
+    ]  # fmt: skip
+    head = ("table", "tier", "rows", "hits", "read", "stalls", "waited")
+    return [table(rows, head, right=[2, 3, 4, 5, 6])] if rows else []
 
 
 BENCH = Command(

@@ -11,7 +11,8 @@ import numpy as np
 
 from dsv4c.errors import ToolchainError, UsageError
 from dsv4c.runtime import Artifact
-from dsv4c.runtime.session import DEFAULT_CONTEXT, dimension
+from dsv4c.runtime.backends import dimension
+from dsv4c.runtime.session import DEFAULT_CONTEXT
 
 from .base import Command, integer, json_option
 from .show import as_json, section, size, table

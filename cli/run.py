@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4c.errors import UsageError
 from dsv4c.runtime import Artifact, SamplingParams, Session
+from dsv4c.runtime.images import encode_with_images
 from dsv4c.runtime.session import DEFAULT_CHUNK
 
 from .base import (
@@ -22,12 +23,19 @@ from .base import (
     json_option,
     number,
     read_text,
+    table_options,
+    tables_of,
     threads_option,
 )
 from .show import as_json, rate
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from .streaming import Printer
+
+    Floats = npt.NDArray[np.float32]
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -41,6 +49,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt-file", metavar="F", help="file with the text to continue; - is standard input"
     )
     parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE",
+        help="image for the next <image> of the prompt; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
         "--max-new-tokens", type=integer(0), metavar="N",
         help=f"tokens to generate (default: {DEFAULT_NEW_TOKENS}, or what the context has room for)",
     )  # fmt: skip
@@ -53,6 +65,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     session.add_argument("--load-session", metavar="F", help="continue a saved session with the prompt")
     session.add_argument("--save-session", metavar="F", help="save the session after the last token")
     threads_option(session)
+    table_options(session)
     parser.add_argument("--no-stream", action="store_true", help="print the text at the end, all at once")
     json_option(parser)
 
@@ -72,6 +85,14 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
+
+
+@dataclass(frozen=True)
+class _Feed:
+    """A prompt as token ids, with the embeddings of its image tokens."""
+
+    ids: list[int]
+    images: list[Floats] | None = None
 
 
 @dataclass
@@ -96,10 +117,12 @@ def _run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     session = _open(args)
     ids, printer = _prepare(args, session, prompt)
-    result = _Result(len(ids), load=time.perf_counter() - started)
+    feed = _Feed(ids) if not args.image else _Feed(*session.with_images(ids, args.image))
+    result = _Result(len(feed.ids), load=time.perf_counter() - started)
     live = not (args.json or args.no_stream)
-    limit = _limit(args, session, len(ids))
-    _generate(session, ids, limit, params, args.chunk, printer, result, _write if live else lambda text: None)
+    limit = _limit(args, session, len(feed.ids))
+    emit = _write if live else lambda text: None
+    _generate(session, feed, limit, params, args.chunk, printer, result, emit)
     if args.save_session:
         _save(session, result.ids, args.save_session)
     if args.json:
@@ -135,7 +158,7 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
 
 
 def _open(args: argparse.Namespace) -> Session:
-    session = Session(Artifact.open(args.file), context=args.context, threads=args.threads)
+    session = Session(Artifact.open(args.file), 1, args.context, args.threads, tables_of(args))
     if args.load_session:
         session.load(args.load_session)
     return session
@@ -151,7 +174,11 @@ def _prepare(args: argparse.Namespace, session: Session, prompt: str | None) -> 
 
     tokenizer = tokenizer_of(session.artifact)
     # In the middle of a session there is no beginning of a text.
-    ids = tokenizer.encode(prompt, add_special_tokens=not session.position.any()).ids
+    begins = not session.position.any()
+    if args.image:
+        ids = encode_with_images(tokenizer, prompt or "", session.image_token, len(args.image), begins)
+    else:
+        ids = tokenizer.encode(prompt, add_special_tokens=begins).ids
     if not ids:
         raise UsageError("the prompt is empty", where="dsv4c run", allowed="at least one token")
     return list(ids), TextPrinter(tokenizer, tuple(args.stop))
@@ -171,7 +198,7 @@ def _limit(args: argparse.Namespace, session: Session, prompt: int) -> int:
 
 
 def _generate(
-    session: Session, ids: list[int], limit: int, params: SamplingParams, chunk: int, printer: Printer,
+    session: Session, feed: _Feed, limit: int, params: SamplingParams, chunk: int, printer: Printer,
     result: _Result, emit: Callable[[str], None],
 ) -> None:  # fmt: skip
     def show(text: str) -> None:
@@ -179,7 +206,7 @@ def _generate(
         emit(text)
 
     started = time.perf_counter()
-    for (token,) in session.stream([ids], limit, params, chunk):
+    for (token,) in session.stream([feed.ids], limit, params, chunk, feed.images):
         assert token is not None  # the only row: when it stops, so does the stream
         result.prefill = result.prefill or time.perf_counter() - started
         result.ids.append(token)
@@ -245,6 +272,7 @@ RUN = Command(
     examples=(
         'dsv4c run m.dsv4 --prompt "In the beginning" --max-new-tokens 60',
         "dsv4c run m.dsv4 --prompt-file story.txt --temperature 0.7 --top-p 0.95 --seed 7",
+        'dsv4c run m.dsv4 --prompt "<image> What is this?" --image photo.jpg',
         'dsv4c run m.dsv4 --prompt "Long text" --max-new-tokens 0 --save-session s.npz',
     ),
     arguments=_arguments,

@@ -215,7 +215,8 @@ def model_meta(c: ModelConfig) -> dict[str, object]:
         }
     }  # fmt: skip
     return {
-        **images, "max_positions": c.max_position_embeddings, "vocab_size": c.vocab_size, "bos": c.bos_token_id,
+        **images, "generation": c.generation.value,
+        "max_positions": c.max_position_embeddings, "vocab_size": c.vocab_size, "bos": c.bos_token_id,
         "eos": list(c.eos_token_ids), "layers": c.num_hidden_layers, "experts": c.n_routed_experts,
         "experts_per_token": c.experts_per_token, "hidden_size": c.hidden_size,
     }  # fmt: skip

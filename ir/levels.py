@@ -18,7 +18,7 @@ class Level(enum.Enum):
 FUSED_ONLY = frozenset({
     "expert_mlp", "expert_statistics", "input_statistics", "index_select", "clamped_swiglu",
     "split_columns", "norm_rotary", "entries_close", "hc_pre", "hc_post_pre", "add_route",
-    "engram_prefetch", "engram_fetch",
+    "engram_prefetch", "engram_fetch", "index_candidates",
 })  # fmt: skip
 """Ops that exist only after a pass has made them."""
 

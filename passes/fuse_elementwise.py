@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import ClassVar
 
+from dsv4c.ir.clone import clone
 from dsv4c.ir.graph import Builder, Module, Op, Value
 from dsv4c.ir.levels import Level
 from dsv4c.ir.rewrite import Bindings, Pat, Rule, any_, apply_rules
@@ -41,7 +42,8 @@ def _index_select(b: Builder, bindings: Bindings, op: Op) -> Value:
     scores = bindings["scores"].producer
     assert scores is not None
     attrs = {name: scores.attrs[name] for name in ("ratio", "rounding")}
-    return b.op("index_select", *scores.operands, k=op.attrs["k"], **attrs)
+    attrs |= {name: op.attrs[name] for name in ("k", "ascending")}
+    return b.op("index_select", *scores.operands, **attrs)
 
 
 INDEX_SELECT = Rule(
@@ -53,8 +55,9 @@ def _restricted_select(b: Builder, bindings: Bindings, op: Op) -> Value:
     scores, restrict = bindings["scores"].producer, bindings["restricted"].producer
     assert scores is not None and restrict is not None
     attrs = {name: scores.attrs[name] for name in ("ratio", "rounding")}
+    attrs |= {name: op.attrs[name] for name in ("k", "ascending")}
     size = restrict.attrs["size"]
-    return b.op("index_select", *scores.operands, bindings["blocks"], k=op.attrs["k"], size=size, **attrs)
+    return b.op("index_select", *scores.operands, bindings["blocks"], size=size, **attrs)
 
 
 RESTRICTED_SELECT = Rule(
@@ -93,25 +96,56 @@ class FuseIndexSelect(Pass):
     rules: ClassVar[tuple[Rule, ...]] = (INDEX_SELECT, RESTRICTED_SELECT)
 
     def run(self, module: Module) -> int:
+        kept: dict[str, str] = {}
+        made = self._candidates(module, kept) + apply_rules(module, self.rules)
+        if kept:
+            module.notes[self.name] = {"kept": kept}
+        return made
+
+    def explain(self, module: Module) -> list[str]:
+        tried = clone(module)
+        self._candidates(tried, {})  # what they take is no near miss of the rules
+        return super().explain(tried)
+
+    def _candidates(self, module: Module, kept: dict[str, str]) -> int:
         made = 0
         for scores in [op for op in module.ops if op.name == "index_scores"]:
             readers = {op.name: op for op in scores.result.users()}
-            pair = set(readers) == {"index_topk", "candidate_blocks"} and len(scores.result.uses) == 2
-            if not pair or scores.attrs["rounding"] != "none" or scores.result in module.output_values():
+            if "candidate_blocks" not in readers:
+                continue
+            if reason := _apart(module, scores, readers["candidate_blocks"]):
+                kept[scores.loc] = reason
                 continue
             _fuse_candidates(module, scores, readers["index_topk"], readers["candidate_blocks"])
             made += 1
-        return made + apply_rules(module, self.rules)
+        return made
+
+
+def _apart(module: Module, scores: Op, blocks: Op) -> str:
+    """Why the scores, the selection and the candidates cannot be one op, or ""."""
+    readers = sorted(op.name for op in scores.result.users())
+    if readers != ["candidate_blocks", "index_topk"]:
+        return f"the scores are read by {', '.join(readers)}"
+    if scores.result in module.output_values():
+        return "the scores are an output"
+    if scores.attrs["rounding"] != "none":
+        return "the scores are rounded"
+    if blocks.operands[1:] != scores.operands[3:] or blocks.attrs["ratio"] != scores.attrs["ratio"]:
+        return "the candidates are of other entries than are scored"
+    return ""
 
 
 def _fuse_candidates(module: Module, scores: Op, topk: Op, blocks: Op) -> None:
-    """Replace the three ops by one in place of the first reader; the dead ones are removed later."""
+    """Replace the three ops by one in place of the first."""
     builder = Builder(Module(module.name))
     builder.loc = scores.loc
     made = builder.multi(
         "index_candidates", *scores.operands, ratio=scores.attrs["ratio"], k=topk.attrs["k"],
         size=blocks.attrs["size"], count=blocks.attrs["count"],
     )  # fmt: skip
-    module.ops.insert(module.ops.index(scores) + 1, made)
     for old, new in zip((topk.result, blocks.result), made.results, strict=True):
         rewire(module, old, new)
+    module.ops[module.ops.index(scores)] = made
+    for op in (topk, blocks, scores):
+        op.drop()
+    module.ops = [op for op in module.ops if op not in (topk, blocks)]

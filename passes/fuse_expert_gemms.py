@@ -14,7 +14,7 @@ from dsv4c.ir.attrs import Attr
 from dsv4c.ir.dtypes import DType
 from dsv4c.ir.graph import Builder, Module, Op
 from dsv4c.ir.levels import Level
-from dsv4c.ir.rewrite import Pat, match
+from dsv4c.ir.rewrite import Bindings, Pat, match
 from dsv4c.ir.weights import WeightExpr
 
 from .base import Pass
@@ -23,11 +23,12 @@ from .cleanup import EliminateDeadCode
 
 @dataclass(frozen=True)
 class _Expert:
+    """One expert: its weights, and the attributes of the `expert_mlp` that it can be part of."""
+
     w1: WeightExpr
     w3: WeightExpr
     w2: WeightExpr
-    limit: float
-    rounding: str
+    attrs: tuple[tuple[str, Attr], ...]
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,10 @@ class FuseExpertGemms(Pass):
         return fused
 
 
-def _round(x: Pat, rule: str, block: int = 0) -> Pat:
-    return Pat("round_values", (x,), attrs=(("rule", rule), ("block", block), ("channels", 0)))
+def _round(x: Pat, rule: str, *block: int, bind: str = "") -> Pat:
+    """round_values of whole rows by `rule`, in blocks of that many values where it says so."""
+    attrs: tuple[tuple[str, Attr], ...] = (("rule", rule), *(("block", b) for b in block), ("channels", 0))
+    return Pat("round_values", (x,), bind, attrs)
 
 
 def _as_is(x: Pat) -> Pat:
@@ -68,11 +71,11 @@ def _as_is(x: Pat) -> Pat:
 
 
 def _to_bf16(x: Pat) -> Pat:
-    return _round(x, "bf16")
+    return _round(x, "bf16", 0)
 
 
 def _to_fp16(x: Pat) -> Pat:
-    return _round(x, "fp16")
+    return _round(x, "fp16", 0)
 
 
 def _expert_of(product: Callable[[Pat], Pat], hidden: Callable[[Pat], Pat]) -> Pat:
@@ -92,7 +95,7 @@ def _expert_of(product: Callable[[Pat], Pat], hidden: Callable[[Pat], Pat]) -> P
 _EXPERTS = {
     "none": _expert_of(_as_is, _as_is),
     "bf16": _expert_of(_to_bf16, _to_bf16),
-    "e4m3": _expert_of(_to_bf16, lambda x: _round(_to_bf16(x), "e4m3", 128)),
+    "e4m3": _expert_of(_to_bf16, lambda x: _round(_to_bf16(x), "e4m3", bind="codes")),
     "fp16": _expert_of(_to_fp16, _to_fp16),
     "mxfp8": _expert_of(_as_is, lambda x: _round(x, "e4m3", 32)),
 }
@@ -115,23 +118,26 @@ def recognise(combine: Op) -> tuple[Op, list[_Expert]] | str:
         source = producer
         if found["x"] is not source.results[2 * index] or found["gate"] is not source.results[2 * index + 1]:
             return f"expert {index} reads the rows of another expert"
-        w1, w3, w2, act = (found[name].producer for name in ("w1", "w3", "w2", "act"))
-        experts.append(_expert(w1, w3, w2, act, rounding))
+        experts.append(_expert(found, rounding))
     if source is None or len(experts) != source.attrs["experts"]:
         return "the combine does not take every expert of its dispatch"
     if combine.operands[0] is not source.operands[1] or combine.operands[1] is not source.operands[3]:
         return "the combine scatters by other ids or padding than the dispatch gathered by"
-    if len({(e.w1.shape, e.w3.shape, e.w2.shape, e.limit, e.rounding) for e in experts}) != 1:
+    if len({(e.w1.shape, e.w3.shape, e.w2.shape, e.attrs) for e in experts}) != 1:
         return "the experts differ in shape, limit or rounding"
     return source, experts
 
 
-def _expert(w1: Op | None, w3: Op | None, w2: Op | None, act: Op | None, rounding: str) -> _Expert:
+def _expert(found: Bindings, rounding: str) -> _Expert:
+    w1, w3, w2, act = (found[name].producer for name in ("w1", "w3", "w2", "act"))
     assert w1 and w3 and w2 and act
     assert w1.weight and w3.weight and w2.weight
-    limit = act.attrs["limit"]
-    assert isinstance(limit, float)
-    return _Expert(w1.weight, w3.weight, w2.weight, limit, rounding)
+    attrs: dict[str, Attr] = {"limit": act.attrs["limit"], "rounding": rounding}
+    if "codes" in found:
+        codes = found["codes"].producer
+        assert codes is not None
+        attrs["block"] = codes.attrs["block"]
+    return _Expert(w1.weight, w3.weight, w2.weight, tuple(attrs.items()))
 
 
 def _replace(module: Module, combine: Op, dispatch: Op, experts: list[_Expert]) -> list[Op]:
@@ -141,8 +147,7 @@ def _replace(module: Module, combine: Op, dispatch: Op, experts: list[_Expert]) 
     pairs = tuple(w.concat((w.cast(e.w1, common), w.cast(e.w3, common))) for e in experts)
     w13 = builder.weight(w.stack(pairs), f"{combine.loc}.experts.w13")
     w2 = builder.weight(w.stack(tuple(w.cast(e.w2, common) for e in experts)), f"{combine.loc}.experts.w2")
-    attrs: dict[str, Attr] = {"limit": experts[0].limit, "rounding": experts[0].rounding}
-    fused = builder.op("expert_mlp", *dispatch.operands, w13, w2, **attrs)
+    fused = builder.op("expert_mlp", *dispatch.operands, w13, w2, **dict(experts[0].attrs))
     combine.result.replace_with(fused)
     for name, value in module.outputs.items():
         if value is combine.result:

@@ -33,6 +33,7 @@ class FuseHyper(Pass):
     def run(self, module: Module) -> int:
         order = {op: i for i, op in enumerate(module.ops)}
         replacements: dict[Op, list[Op]] = {}
+        taken: set[Op] = set()
         kept: dict[str, str] = {}
         for norm in [op for op in module.ops if op.name == "rms_norm"]:
             found = recognise(norm, order)
@@ -40,10 +41,16 @@ class FuseHyper(Pass):
                 if _of_streams(norm):
                     kept[norm.loc] = found
                 continue
+            if found in taken:
+                kept[norm.loc] = "its mix is part of another border"
+                continue
+            taken.add(found)
             before = _expansion(found, norm, order) if self.expand else "the option says so"
             if isinstance(before, str):
                 kept[found.loc] = f"the streams stay: {before}"
-            replacements[norm] = _replace(module, norm, found, before if isinstance(before, Op) else None)
+            made = _replace(module, norm, found, before if isinstance(before, Op) else None)
+            replacements[norm] = made
+            order |= {op: order[norm] for op in made}
         module.ops = [one for op in module.ops for one in (*replacements.get(op, ()), op)]
         EliminateDeadCode().run(module)
         module.notes[self.name] = {"fused": len(replacements), "kept": kept}

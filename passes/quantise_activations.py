@@ -104,23 +104,23 @@ class _Run:
     linears: int = 0
 
     def take(self, op: Op) -> None:
-        rule, results = self.rule, False
+        rule, done = self.rule, True
         if op.name == "dispatch" and self._feeds_products(op):
             self._round_input(op)
             self.dispatches.add(op)
         elif op.name == "expert_mlp" and _experts_qualify(op, rule):
-            self._round_input(op)
+            if not _is_rounded(op.operands[0], rule):
+                self._round_input(op)
             op.attrs["rounding"] = rule.experts
             self.linears += 1
         elif op.name in rule.ops and _qualifies(op, rule):
             source = op.operands[0].producer
-            if source in self.dispatches:
-                results = True
-            elif not _is_rounded(op.operands[0], rule) and not _is_rounded_dispatch(source, rule):
+            there = _is_rounded(op.operands[0], rule) or _is_rounded_dispatch(source, rule)
+            done = there and source not in self.dispatches and _result_is_rounded(op, rule)
+            if not there:
                 self._round_input(op)
-                results = True
         self.ops.append(op)
-        if results:
+        if not done:
             self.ops += _results_rounded(op, rule, self.module)
             self.linears += 1
 
@@ -196,6 +196,12 @@ def _is_rounded(x: Value, rule: Rule) -> bool:
     if op is None or op.name != "round_values" or op.attrs["channels"] != 0:
         return False
     return (op.attrs["rule"], op.attrs["block"]) == (rule.rounding, rule.block)
+
+
+def _result_is_rounded(op: Op, rule: Rule) -> bool:
+    users = op.result.users()
+    by_rule = (u.name == "round_values" and u.attrs["rule"] == rule.after for u in users)
+    return not rule.after or (bool(users) and all(by_rule))
 
 
 def _is_rounded_dispatch(op: Op | None, rule: Rule) -> bool:

@@ -1,7 +1,7 @@
 """The rounding points of the published inference code (`numerics=reference`), as ops and attributes.
 
-Finds each place by what computes and what reads a value, never by its name; the list of points is section 6
-of the specification, with sections 3 and 4 for the precision of what lies between them.
+Finds each place by what computes and what reads a value, never by its name. What a place rounds to stands in
+`rounding_points`, by the generation that the module says it is of.
 """
 
 from __future__ import annotations
@@ -18,33 +18,15 @@ from dsv4c.ir.ops import OPS
 from dsv4c.ir.weights import WeightExpr
 
 from .base import Effect, Pass
-
-POINTS: dict[str, str] = {
-    "linear_input": "input of FP8 and FP4 linears: E4M3 in blocks of 128",
-    "linear_output": "results of linears other than the FP32 ones: BF16",
-    "hidden": "SwiGLU times the routing weight, before w2: BF16",
-    "experts_sum": "routed plus shared experts: BF16",
-    "norm": "RMS norms: BF16",
-    "query_norm": "the norm of each head, step by step: BF16",
-    "rotary": "rotated channels and the rest of their row: BF16",
-    "kv": "keys and entries without their rotary channels: E4M3 in blocks of 64",
-    "entries": "pooled entries before their norm: BF16",
-    "index": "index queries and keys: Hadamard, BF16, then E2M1 in blocks of 32",
-    "index_weights": "head weights of the indexer: BF16",
-    "index_scores": "dot products, weighted products and their sum: BF16",
-    "probabilities": "softmax of attention before the values: BF16, online in blocks of 64",
-    "attention": "result of attention: BF16",
-    "streams": "hyper-connections, collapsed and expanded: BF16",
-    "route_eps": "no epsilon in the sum of routing scores",
-}
-"""Every rounding point, by the word that `without` takes."""
+from .rounding_points import POINTS, Codes, Rules, Step, rules_of
 
 _UNROUNDED = frozenset({
     "weight", "embed", "repeat_streams", "split_heads", "gather_rows", "positions", "entry_positions",
-    "advance", "ring_write", "entries_append", "rope_angles", "position_bias", "index_topk", "hc_mix",
+    "advance", "ring_write", "entries_append", "rope_angles", "position_bias", "hc_mix",
     "hc_head_mix", "sqrt_softplus", "route_topk", "route_hash", "dispatch", "clamp", "combine",
+    "candidate_blocks", "index_restrict", "compress_tokens", "ngram_rows", "ngram_history", "engram_rows",
 })  # fmt: skip
-"""Ops whose results are exact, or FP32 in the reference too."""
+"""Ops whose results are exact, or FP32 in the reference too; rows of an Engram table are BF16 numbers."""
 
 _FP32_READERS = frozenset({"sqrt_softplus", "compress", "position_bias"})
 """What reads a linear that the reference computes in FP32: router scores, compressor values and gates."""
@@ -71,12 +53,13 @@ class ApplyReferenceRounding(Pass):
         )
 
     def run(self, module: Module) -> int:
-        """Raises `PassError` on an unknown point and on an op whose rounding is not known."""
+        """Raises `PassError` on an unknown point or generation and on an op whose rounding is not known."""
         skipped = frozenset(filter(None, (w.strip() for w in self.without.split(","))))
         if skipped - POINTS.keys():
             names = ", ".join(sorted(skipped - POINTS.keys()))
             raise PassError(f"no rounding point {names}", where=self.name, allowed=", ".join(POINTS))
-        rounder = _Rounder(module, frozenset(POINTS) - skipped)
+        rules = rules_of(module.meta.get("generation"))
+        rounder = _Rounder(module, rules, frozenset(POINTS) - skipped)
         rounder.run()
         module.notes[self.name] = dict(sorted(rounder.counts.items()))
         return sum(rounder.counts.values())
@@ -87,20 +70,24 @@ class _Rounder:
     """One run over a module.
 
     Attributes:
+        rules: of the module's generation.
         points: those to insert.
         after: what goes behind each op of the module.
         behind: an inserted value -> the op it goes behind.
         inputs: a linear's input -> its quantised form, made once for all its readers.
         done: those forms.
+        rows: what a state grows by, rounded when the first of the layers that read it was seen.
         counts: places changed, by point.
     """
 
     module: Module
+    rules: Rules
     points: frozenset[str]
     after: dict[Op, list[Op]] = field(default_factory=dict)
     behind: dict[Value, Op] = field(default_factory=dict)
     inputs: dict[Value, Value] = field(default_factory=dict)
     done: set[Value] = field(default_factory=set)
+    rows: set[Value] = field(default_factory=set)
     counts: dict[str, int] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -141,10 +128,10 @@ class _Rounder:
         self.behind[op.result] = anchor
         return op.result
 
-    def round(self, point: str, value: Value, *steps: tuple[str, dict[str, Attr]]) -> None:
-        """Every reader of `value` reads it through `steps`."""
+    def round(self, point: str, value: Value, *steps: Step) -> Value:
+        """Every reader of `value` reads it through `steps`; what they read."""
         if not self.wants(point):
-            return
+            return value
         readers, new = list(value.uses), value
         for name, attrs in steps:
             new = self.chain(new, name, **attrs)
@@ -153,6 +140,7 @@ class _Rounder:
         for key, output in self.module.outputs.items():
             if output is value:
                 self.module.outputs[key] = new
+        return new
 
     def bf16(self, point: str, value: Value) -> None:
         self.round(point, value, ("round_values", {"rule": "bf16"}))
@@ -161,17 +149,21 @@ class _Rounder:
 
     def round_kv(self, op: Op) -> None:
         """The keys of this call and the entries an attention reads."""
-        for value in (op.operands[1], *(_appended(e) for e in op.operands[6:7])):
-            channels = _width(value) - _rotated(value)
-            if channels:
-                attrs: dict[str, Attr] = {"rule": "e4m3", "block": 64, "channels": channels}
-                self.round("kv", value, ("round_values", attrs))
+        rows = [(op.operands[1], self.rules.keys)]
+        rows += [(_appended(e), self.rules.entries) for e in op.operands[6:7]]
+        for value, codes in rows:
+            channels = 0 if codes.rotated else _width(value) - _rotated(value)
+            if codes.rotated or channels:
+                self.round_rows("kv", value, ("round_values", _attrs(codes) | {"channels": channels}))
 
     def round_index(self, op: Op) -> None:
         for value in (op.operands[0], _appended(op.operands[2])):
-            e2m1: dict[str, Attr] = {"rule": "e2m1", "block": 32}
-            bf16 = ("round_values", {"rule": "bf16"})
-            self.round("index", value, ("hadamard", {}), bf16, ("round_values", e2m1))  # type: ignore[arg-type]
+            self.round_rows("index", value, *self.rules.index)
+
+    def round_rows(self, point: str, value: Value, *steps: Step) -> None:
+        """As `round`, unless another layer that reads the same state has seen to it."""
+        if value not in self.rows:
+            self.rows.add(self.round(point, value, *steps))
 
     def quantise_input(self, op: Op) -> None:
         """Behind a dispatch, the rows are rounded before they are gathered: the same, and once."""
@@ -184,7 +176,7 @@ class _Rounder:
             if all(r.name == "linear" and _quantised(r.operands[1]) for r in readers):
                 x, reader = dispatch.operands[0], dispatch
         if x not in self.inputs and self.wants("linear_input"):
-            self.inputs[x] = self.chain(x, "round_values", rule="e4m3", block=128)
+            self.inputs[x] = self.chain(x, "round_values", **_attrs(self.rules.linear_input))
             self.done.add(self.inputs[x])
         reader.set_operand(0, self.inputs.get(x, x))
 
@@ -200,6 +192,22 @@ def _set(point: str, name: str, value: Attr) -> Callable[[_Rounder, Op], None]:
             op.attrs[name] = value
 
     return rule
+
+
+def _scale(r: _Rounder, op: Op) -> None:
+    """Of index weights; router logits are FP32, and so is their temperature."""
+    if not _read_in_fp32(op.result):
+        r.bf16("index_weights", op.result)
+
+
+def _topk(r: _Rounder, op: Op) -> None:
+    if r.rules.ascending and r.wants("index_order"):
+        op.attrs["ascending"] = True
+
+
+def _route_weights(r: _Rounder, op: Op) -> None:
+    if not r.rules.route_eps and r.wants("route_eps"):
+        op.attrs["eps"] = 0.0
 
 
 def _result(point: str) -> Callable[[_Rounder, Op], None]:
@@ -224,7 +232,7 @@ _RULES: dict[str, Callable[[_Rounder, Op], None]] = {
     "unit_norm": _set("query_norm", "rounding", "reference"),
     "rotary": _result("rotary"),
     "compress": _result("entries"),
-    "scale": _result("index_weights"),
+    "scale": _scale,
     "index_scores": _set("index_scores", "rounding", "reference"),
     "attention": _attention,
     "hc_collapse": _result("streams"),
@@ -232,7 +240,10 @@ _RULES: dict[str, Callable[[_Rounder, Op], None]] = {
     "swiglu": _hidden,
     "scale_rows": _hidden,
     "add": _result("experts_sum"),
-    "route_weights": _set("route_eps", "eps", 0.0),
+    "route_weights": _route_weights,
+    "index_topk": _topk,
+    "merge_images": _result("images"),
+    "engram_gate": _result("engram"),
 }
 """What happens at each op."""
 
@@ -240,9 +251,18 @@ _RULES: dict[str, Callable[[_Rounder, Op], None]] = {
 def _is_fp32(op: Op) -> bool:
     """Whether the reference computes this linear in FP32: router, compressor, and the logits."""
     x = op.operands[0].producer
-    return (x is not None and x.name == "gather_rows") or any(
-        user.name in _FP32_READERS for user in op.result.users()
+    return (x is not None and x.name == "gather_rows") or _read_in_fp32(op.result)
+
+
+def _read_in_fp32(value: Value) -> bool:
+    return any(
+        user.name in _FP32_READERS or (user.name == "scale" and _read_in_fp32(user.result))
+        for user in value.users()
     )
+
+
+def _attrs(codes: Codes) -> dict[str, Attr]:
+    return {"rule": codes.rule, "block": codes.block}
 
 
 def _quantised(weight: Value) -> bool:

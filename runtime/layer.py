@@ -14,9 +14,9 @@ import numpy.typing as npt
 from dsv4c.errors import ArtifactError, SessionError, UsageError, unknown
 
 from . import buffers
+from .backends import dimension, load_backend
 from .container import Artifact
 from .engram.options import TableOptions
-from .session import dimension, load_backend
 
 Arrays = dict[str, npt.NDArray[Any]]
 

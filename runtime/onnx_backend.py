@@ -18,6 +18,8 @@ import numpy.typing as npt
 
 from dsv4c.errors import ArtifactError, SessionError, ToolchainError
 from dsv4c.runtime.container import Artifact
+from dsv4c.runtime.engram.host import HostOps
+from dsv4c.runtime.images.rows import ImageRows, no_images
 from dsv4c.runtime.undo import Undo
 
 Arr = npt.NDArray[Any]
@@ -50,11 +52,17 @@ class OnnxBackend:
     """A step that has begun reads no files, so none can fail in its middle."""
 
     def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+        self._artifact, self._threads = artifact, threads
         self._session = open_session(artifact, threads)
+        self._inputs = {i.name: i.shape for i in self._session.get_inputs()}
+        self._parts: dict[str, Any] = {}
         self._states: dict[str, dict[str, Any]] = artifact.meta["onnx"]["states"]
         self._outputs = ["logits", *(s["output"] for s in self._states.values())]
+        self._host = HostOps(artifact)
 
-    def step(self, tokens: Arr, n_valid: Arr, rows: Arr, state: dict[str, Arr]) -> npt.NDArray[np.float32]:
+    def step(
+        self, tokens: Arr, n_valid: Arr, rows: Arr, state: dict[str, Arr], images: ImageRows | None = None
+    ) -> npt.NDArray[np.float32]:
         """One step; `state` is updated in place.
 
         Args:
@@ -62,6 +70,8 @@ class OnnxBackend:
             n_valid: i32 [B], 0 .. T.
             rows: i32 [B,L], tokens whose logits are wanted, 0 .. T-1.
             state: every state of the artifact, as its "step" meta data declares them.
+            images: the rows of this call's image tokens; without them such tokens take their row of the
+                embedding.
 
         Returns:
             f32 [B,L,vocab].
@@ -75,6 +85,11 @@ class OnnxBackend:
         after = before + n_valid
         feeds = {"tokens": tokens, "n_valid": n_valid, "rows": rows}
         feeds = {name: np.ascontiguousarray(a, np.int32) for name, a in feeds.items()}
+        fed, kept = self._host.run(feeds["tokens"], feeds["n_valid"], state)
+        feeds |= fed
+        if "images" in self._inputs:
+            given = images or no_images(len(tokens), int(self._inputs["images"][2]))
+            feeds |= {"images": given.rows, "n_images": given.counts}
         for name, how in self._states.items():
             if "ratio" in how:
                 feeds[name] = _fed(name, state[name], before, after, how)
@@ -86,7 +101,17 @@ class OnnxBackend:
                 append_entries(state[name], result, before // how["ratio"], after // how["ratio"])
             else:
                 np.copyto(state[name], result)
+        for name, after_ in kept.items():
+            np.copyto(state[name], after_)
         return np.asarray(logits, np.float32)
+
+    def call_part(self, part: str, inputs: Sequence[Arr]) -> dict[str, Arr]:
+        """The results by name of another program of the artifact; it is opened when first called."""
+        facts = self._artifact.meta["onnx"]["parts"][part]
+        if part not in self._parts:
+            self._parts[part] = open_session(self._artifact, self._threads, f"onnx.part.{part}")
+        feeds = dict(zip(facts["inputs"], inputs, strict=True))
+        return dict(zip(facts["outputs"], run_model(self._parts[part], facts["outputs"], feeds), strict=True))
 
 
 def run_model(session: Any, outputs: Sequence[str], feeds: dict[str, Arr]) -> list[Any]:
@@ -159,7 +184,8 @@ def open_session(
         options.add_session_config_entry(key, value)
     model = placed_model(artifact, path.name, section).replace(_STANDARD, _FUNCTIONS)
     model = model.replace(_LATER, _STANDARD) + _more_outputs(probes)
-    static = section != "onnx"  # sizes are folded already; what is left are weights, which must not be copied
+    # Where sizes are fixed they are folded already; what is left are weights, which must not be copied.
+    static = "static" in artifact.meta["onnx"]
     disabled = ["ConstantFolding"] if static else []
     try:
         return ort.InferenceSession(

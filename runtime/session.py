@@ -3,46 +3,30 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dsv4c.errors import ArtifactError, SessionError, ToolchainError, UsageError
+from dsv4c.errors import SessionError, UsageError
 
 from . import buffers, snapshot
+from .backends import Backend, Logits, dimension, load_backend
 from .container import Artifact
 from .engram.options import TableOptions
-from .images import ImagePlan, ImageRules, load_patches
+from .images import ImagePlan, ImageRules, expand, load_patches
 from .images.load import Source as ImageSource
-from .images.rows import ImageFeed, ImageRows
+from .images.rows import ImageFeed
 from .images.tower import tower_inputs
 from .sampling import Sampler, SamplingParams
-from .undo import Undo
 
-Logits = npt.NDArray[np.float32]
 DEFAULT_CONTEXT = 4096
 DEFAULT_CHUNK = 256
 """Prompt tokens per step: enough to reuse weights over many rows, few enough to bound temporaries."""
-
-
-class Backend(Protocol):
-    """What executes a step; one class per artifact format. With `undo`, a step may fail in its middle."""
-
-    undo: Undo | None
-
-    def step(
-        self,
-        tokens: npt.NDArray[np.int32],
-        n_valid: npt.NDArray[np.int32],
-        rows: npt.NDArray[np.int32],
-        state: dict[str, npt.NDArray[Any]],
-        images: ImageRows | None = None,
-    ) -> Logits: ...
 
 
 class Session:
@@ -147,10 +131,53 @@ class Session:
         token, width = int(vision["placeholder"]), int(self.model["hidden_size"])
         if images is None:
             real = np.arange(ids.shape[1]) < valid[:, None]
-            if not (real & (ids == token)).any():
-                return None
-            images = [()] * len(ids)  # refused below: every image token needs its row
+            count = int((real & (ids == token)).sum())
+            if count:
+                raise SessionError(
+                    f"{count} tokens are of images (id {token}), and no images are given", where="images",
+                    hint="give the images: Session.with_images, or dsv4c run --image",
+                )  # fmt: skip
+            return None
         return ImageFeed(images, ids, valid, token, width)
+
+    def table_statistics(self) -> dict[str, dict[str, Any]]:
+        """Looked-up table -> its tier and counts since the session was opened; see `TableStatistics`."""
+        tables = getattr(self.backend, "tables", None)
+        stores = tables.stores if tables is not None else {}
+        return {
+            name: {"tier": s.tier, **asdict(s.statistics), "hit_rate": s.statistics.hit_rate}
+            for name, s in stores.items()
+        }
+
+    @property
+    def image_token(self) -> int:
+        """The id of image positions; a prompt holds one where an image belongs.
+
+        Raises:
+            SessionError: the artifact takes no images.
+        """
+        if "vision" not in self.artifact.meta.get("parts", []):
+            raise SessionError(
+                "the artifact takes no images", where=str(self.artifact.path),
+                hint="compile a model with a vision tower, format tvm",
+            )  # fmt: skip
+        return int(self.model["vision"]["placeholder"])
+
+    def with_images(
+        self, ids: Sequence[int], images: Sequence[ImageSource]
+    ) -> tuple[list[int], list[npt.NDArray[np.float32]]]:
+        """A prompt with one image token per image -> ids with room for them, and `images` for `prefill`.
+
+        Raises:
+            SessionError: the artifact takes no images.
+            UsageError, ToolchainError: an image cannot be read, or there is not one token for each.
+        """
+        token = self.image_token
+        encoded = [self.encode_image(image) for image in images]
+        expanded = expand(ids, token, [sizes for sizes, _ in encoded])
+        width = int(self.model["hidden_size"])
+        rows = [np.zeros((0, width), np.float32), *(rows for _, rows in encoded)]
+        return expanded.tokens.tolist(), [np.concatenate(rows)]
 
     def encode_image(self, image: ImageSource) -> tuple[ImagePlan, npt.NDArray[np.float32]]:
         """An image through the vision tower: how it is cut up, and its rows float32 [span,d].
@@ -159,11 +186,7 @@ class Session:
             SessionError: the artifact takes no images.
             UsageError, ToolchainError: the image cannot be read; Pillow is missing.
         """
-        if "vision" not in self.model or not hasattr(self.backend, "call_part"):
-            raise SessionError(
-                "the artifact takes no images", where=str(self.artifact.path),
-                hint="compile a model with a vision tower, format tvm",
-            )  # fmt: skip
+        assert self.image_token >= 0
         loaded = load_patches(image, ImageRules.from_meta(self.model["vision"]))
         rows = self.backend.call_part("vision", tower_inputs(loaded, int(self.model["vision"]["downsample"])))
         return loaded.plan, rows["rows"][0]
@@ -339,58 +362,3 @@ class Session:
 
     def _identity(self) -> dict[str, Any]:
         return {"model": self.artifact.meta["identity"], "batch": self.batch, "context": self.context}
-
-
-def dimension(text: str, sizes: dict[str, int]) -> int:
-    """A state dimension from the manifest: a number, a symbol, or `symbol//number`."""
-    symbol, _, divisor = text.partition("//")
-    value = sizes[symbol] if symbol in sizes else int(symbol)
-    return value // int(divisor) if divisor else value
-
-
-def load_backend(artifact: Artifact, threads: int | None, tables: TableOptions | None = None) -> Backend:
-    """The backend of an artifact's format, after checking that this machine can run it."""
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads = {threads}", where="Session", allowed="1 or more")
-    _check_machine(artifact)
-    if "static" in artifact.meta.get("onnx", {}):
-        from .static_backend import StaticBackend
-
-        return StaticBackend(artifact, threads)
-    if artifact.meta["format"] == "onnx":
-        from .onnx_backend import OnnxBackend
-
-        return OnnxBackend(artifact, threads)
-    try:
-        from .tvm_backend import TvmBackend
-    except ImportError as error:
-        raise ToolchainError(f"{error}", hint="pip install apache-tvm-ffi") from error
-    return TvmBackend(artifact, threads, tables)
-
-
-def _check_machine(artifact: Artifact) -> None:
-    arch = artifact.meta["arch"]
-    if artifact.meta["format"] != "tvm":
-        return
-    if arch["machine"] != platform.machine():
-        raise ArtifactError(
-            f"compiled for {arch['machine']}, this machine is {platform.machine()}",
-            where=str(artifact.path),
-            hint="compile with --target cpu on this machine",
-        )
-    missing = sorted(set(arch["requires"]) - _cpu_flags()) if _cpu_flags() else []
-    if missing:
-        raise ArtifactError(
-            f"compiled for {arch['name']}, this CPU lacks {', '.join(missing)}",
-            where=str(artifact.path),
-            hint="compile with --target cpu:x86-64-v3 or cpu:x86-64-v2",
-        )
-
-
-def _cpu_flags() -> frozenset[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset()
-    line = next((x for x in text.splitlines() if x.startswith(("flags", "Features"))), "")
-    return frozenset(line.partition(":")[2].split())

@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 from dsv4c.errors import SessionError
 from dsv4c.runtime.container import Artifact
+from dsv4c.runtime.engram.host import HostOps
+from dsv4c.runtime.images.rows import ImageFeed, ImageRows, no_images
 from dsv4c.runtime.undo import Undo
 
 from .onnx_backend import append_entries, check_sizes, open_session, run_model
@@ -83,8 +85,13 @@ class StaticBackend:
         self._states: dict[str, dict[str, Any]] = artifact.meta["onnx"]["states"]
         self._buckets: list[dict[str, Any]] = static["buckets"]
         self._programs: dict[str, Program] = {}
+        self._host, model = HostOps(artifact), artifact.meta.get("model", {})
+        self._width = int(model.get("hidden_size", 0))
+        self._image_token = int(model.get("vision", {}).get("placeholder", -1))
 
-    def step(self, tokens: Arr, n_valid: Arr, rows: Arr, state: dict[str, Arr]) -> npt.NDArray[np.float32]:
+    def step(
+        self, tokens: Arr, n_valid: Arr, rows: Arr, state: dict[str, Arr], images: ImageRows | None = None
+    ) -> npt.NDArray[np.float32]:
         """One step, as `OnnxBackend.step`; the batch must be the artifact's."""
         check_sizes(tokens, n_valid)
         if len(tokens) != self.batch:
@@ -92,18 +99,25 @@ class StaticBackend:
         need = int((state["pos"].astype(np.int64) + n_valid).max())
         if need > self.context:
             raise SessionError(f"{need} positions are needed", allowed=f"at most {self.context}, as compiled")
-        logits, probes = [], []
+        logits, probes, feed = [], [], self._feed(images, tokens, n_valid)
         for start, bucket in _cut(tokens.shape[1], self._buckets):
             part = tokens[:, start : start + bucket["tokens"]]
             valid = np.clip(n_valid - start, 0, part.shape[1]).astype(np.int32)
-            result, seen = self._run(bucket, part, valid, state)
+            result, seen = self._run(bucket, part, valid, state, feed)
             logits.append(result[:, : part.shape[1]])
             probes.append({name: value[:, : part.shape[1]] for name, value in seen.items()})
         self.probes = {name: np.concatenate([p[name] for p in probes], axis=1) for name in probes[0]}
         return np.take_along_axis(np.concatenate(logits, axis=1), rows[..., None].astype(np.int64), axis=1)
 
+    def _feed(self, images: ImageRows | None, tokens: Arr, n_valid: Arr) -> ImageFeed | None:
+        """Hands the rows of a step out to the programs it runs through."""
+        if images is None:
+            return None
+        given = [rows[:count] for rows, count in zip(images.rows, images.counts, strict=True)]
+        return ImageFeed(given, tokens, n_valid, self._image_token, self._width)
+
     def _run(
-        self, bucket: dict[str, Any], part: Arr, valid: Arr, state: dict[str, Arr]
+        self, bucket: dict[str, Any], part: Arr, valid: Arr, state: dict[str, Arr], feed: ImageFeed | None
     ) -> tuple[Arr, dict[str, Arr]]:
         """Logits of every token of a program, padding included, and its probes; `state` is updated."""
         count = bucket["tokens"]
@@ -111,6 +125,11 @@ class StaticBackend:
         padded[:, : part.shape[1]] = part
         every = np.broadcast_to(np.arange(count, dtype=np.int32), padded.shape)
         feeds = {"tokens": padded, "n_valid": valid, "rows": np.ascontiguousarray(every)}
+        fed, kept = self._host.run(padded, valid, state)
+        feeds |= fed
+        if self._image_token >= 0:
+            given = feed.take(part, valid) if feed else no_images(self.batch, self._width)
+            feeds |= {"images": _room(given.rows, count), "n_images": given.counts}
         for name, value in state.items():
             feeds[name] = value if value.size else np.zeros((len(value), 1, *value.shape[2:]), value.dtype)
         found, probes = self._through(bucket["programs"], feeds)
@@ -121,6 +140,8 @@ class StaticBackend:
                 append_entries(state[name], result, before // how["ratio"], (before + valid) // how["ratio"])
             else:
                 np.copyto(state[name], result)
+        for name, after in kept.items():
+            np.copyto(state[name], after)
         return found["logits"], probes
 
     def _through(
@@ -135,7 +156,7 @@ class StaticBackend:
             results = self._program(facts).run([*names, *probes.values()], feeds)
             found.update(zip(names, results, strict=False))
             seen.update(zip(probes, results[len(names) :], strict=True))
-            feeds["streams.in"] = found.get("streams", feeds["tokens"])
+            feeds |= {f"{name}.in": value for name, value in found.items()}
         return found, seen
 
     def _program(self, facts: dict[str, Any]) -> Program:
@@ -143,6 +164,13 @@ class StaticBackend:
         if name not in self._programs:
             self._programs[name] = self._open(facts, list(facts["probes"].values()) if self._probe else [])
         return self._programs[name]
+
+
+def _room(rows: Arr, count: int) -> Arr:
+    """Image rows [B,I,d] with zeros behind them, [B,count,d]."""
+    out = np.zeros((len(rows), count, rows.shape[2]), np.float32)
+    out[:, : rows.shape[1]] = rows
+    return out
 
 
 def _cut(count: int, buckets: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:

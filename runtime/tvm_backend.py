@@ -6,6 +6,7 @@ Needs `tvm_ffi` and nothing else of TVM. State and weights are handed over witho
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import tempfile
 from collections.abc import Sequence
@@ -167,10 +168,25 @@ def _load_runtime(artifact: Artifact) -> None:
             where=str(artifact.path),
             hint="build libtvm_runtime.so for this machine and put it on LD_PRELOAD",
         )
+    code = artifact.section("tvm_runtime")
     with tempfile.TemporaryDirectory(prefix="dsv4c-") as directory:
-        path = Path(directory) / "libtvm_runtime.so"
-        path.write_bytes(artifact.section("tvm_runtime"))
+        path = _installed_runtime(code)
+        if path is None:
+            path = Path(directory) / "libtvm_runtime.so"
+            path.write_bytes(code)
         try:
             _loaded["tvm"] = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
         except OSError as error:
             raise ArtifactError(f"TVM's runtime does not load: {error}", where=str(artifact.path)) from error
+
+
+def _installed_runtime(code: bytes) -> Path | None:
+    """The same library where the compiler is installed too, or None.
+
+    A second copy in one process would abort it as soon as the compiler loads its own.
+    """
+    found = importlib.util.find_spec("tvm")
+    if found is None or found.origin is None:
+        return None
+    path = Path(found.origin).parent / "lib" / "libtvm_runtime.so"
+    return path if path.is_file() and path.read_bytes() == code else None

@@ -14,6 +14,8 @@ import numpy.typing as npt
 from dsv4c.errors import ArtifactError
 
 from .container import Artifact
+from .images import ImagePlan
+from .images.tower import tower_indices
 from .session import Session
 
 if TYPE_CHECKING:
@@ -59,16 +61,35 @@ def verify(artifact: Artifact, threads: int | None = None, opener: Opener | None
     tokens = artifact.array("golden.tokens")
     session = _session(artifact, len(tokens), threads, opener)
     logits, streams, at = [], dict[str, list[Arr]](), 0
+    images = artifact.array("golden.images") if "golden.images" in artifact.tensors else None
+    used = 0
     for count in artifact.meta["golden"]["calls"]:
         fed = np.repeat(tokens[None, at : at + count], session.batch, axis=0)
-        logits.append(session.step(fed)[0])
+        given = None
+        if images is not None:
+            count_ = int((fed[0] == session.model["vision"]["placeholder"]).sum())
+            given = [images[used : used + count_]] * session.batch
+            used += count_
+        logits.append(session.step(fed, images=given)[0])
         for layer, seen in getattr(session.backend, "probes", {}).items():
             streams.setdefault(layer, []).append(seen[0])
         at += count
     found = {f"golden.state.{name}": value[:1] for name, value in session.state.items()}
     found |= {f"golden.block.{layer}": np.concatenate(parts) for layer, parts in streams.items()}
     found["golden.logits"] = np.concatenate(logits)
+    if "vision" in artifact.meta.get("parts", []) and "golden.vision.rows" in artifact.tensors:
+        found["golden.vision.rows"] = _tower(artifact, session)
     return [_check(artifact, name, found[name]) for name in _in_order(artifact, found)]
+
+
+def _tower(artifact: Artifact, session: Session) -> Arr:
+    """Rows of the golden image's span."""
+    down, across = artifact.meta["golden"]["grid"]
+    cell = int(session.model["vision"]["downsample"])
+    plan = ImagePlan(0, 0, down, across, -(-down // cell), -(-across // cell))
+    inputs = [artifact.array("golden.vision.patches")[None], *tower_indices(plan, cell)]
+    rows: Arr = session.backend.call_part("vision", inputs)["rows"]
+    return rows[0]
 
 
 def _session(artifact: Artifact, count: int, threads: int | None, opener: Opener | None) -> Session:

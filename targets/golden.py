@@ -11,6 +11,9 @@ from dsv4c.ir.graph import Module
 from dsv4c.ir.meaning import Evaluator
 from dsv4c.ir.streams import stream_values
 from dsv4c.runtime.container import ArtifactWriter
+from dsv4c.runtime.images import ImagePlan
+from dsv4c.runtime.images.rows import ImageFeed
+from dsv4c.runtime.images.tower import tower_indices
 
 from .base import Progress
 
@@ -18,15 +21,40 @@ GOLDEN_CALLS = (17, 1, 1, 1, 8)
 """How the golden prompt is cut into calls: a chunk, single tokens, and a chunk after them."""
 
 
-TOLERANCES = {"exact": 1e-4, "half": 1e-2, "fast": 2e-2}
-"""Where inputs are rounded to INT8, sums in another order may fall on the other side of a
-step, which is 1/127 of the largest input of a token, and later tokens and layers inherit it."""
+TOLERANCES = {"exact": 1e-4, "half": 5e-3, "fast": 2e-2}
+"""Where numbers are rounded, sums in another order may fall on the other side of a step, and later tokens and
+layers inherit it. A step is 1/127 of the largest input of a token in INT8, 1/8 of a number in MXFP8, and 1/1024
+of it in FP16."""
 
 
-def golden_tokens(vocab: int) -> npt.NDArray[np.int32]:
+GOLDEN_IMAGE = (5, 11)
+"""Positions of the golden prompt that are of an image, where the model takes images."""
+GOLDEN_GRID = (4, 5)
+"""Patches down and across of the golden image."""
+_SEED = 20260424
+
+
+def golden_tokens(vocab: int, image_token: int = -1) -> npt.NDArray[np.int32]:
     """The golden prompt: pseudo-random ids, the same for every build of a model."""
     count = sum(GOLDEN_CALLS)
-    return np.random.default_rng(20260424).integers(0, vocab, count).astype(np.int32)
+    tokens = np.random.default_rng(_SEED).integers(0, vocab, count).astype(np.int32)
+    if image_token >= 0:
+        tokens[tokens == image_token] = (image_token + 1) % vocab
+        tokens[slice(*GOLDEN_IMAGE)] = image_token
+    return tokens
+
+
+def golden_images(module: Module, tokens: npt.NDArray[np.int32]) -> ImageFeed:
+    """Made-up embeddings of the image positions, as large as those of text."""
+    token, width = _vision(module)["placeholder"], int(module.meta["hidden_size"])  # type: ignore[call-overload]
+    rows = np.random.default_rng(_SEED).standard_normal((GOLDEN_IMAGE[1] - GOLDEN_IMAGE[0], width))
+    return ImageFeed([0.02 * rows], tokens[None], np.array([len(tokens)]), token, width)
+
+
+def _vision(module: Module) -> dict[str, int]:
+    found = module.meta["vision"]
+    assert isinstance(found, dict)
+    return found
 
 
 def write_golden(
@@ -41,7 +69,9 @@ def write_golden(
     """
     vocab = module.meta["vocab_size"]
     assert isinstance(vocab, int)
-    tokens, at = golden_tokens(vocab), 0
+    takes_images = "images" in module.inputs
+    tokens, at = golden_tokens(vocab, _vision(module)["placeholder"] if takes_images else -1), 0
+    feed = golden_images(module, tokens) if takes_images else None
     evaluator = Evaluator(module, keep_weights=False)
     state, logits = evaluator.fresh_state(B=1, ctx=len(tokens)), []
     streams = {v: layer for layer, v in stream_values(module).items()} if blocks else {}
@@ -50,6 +80,9 @@ def write_golden(
         progress("golden vectors", index, len(GOLDEN_CALLS))
         rows = np.arange(count)[None]
         fed = {"tokens": tokens[None, at : at + count], "n_valid": np.array([count]), "rows": rows}
+        if feed is not None:
+            given = feed.take(fed["tokens"].astype(np.int32), fed["n_valid"].astype(np.int32))
+            fed |= {"images": given.rows, "n_images": given.counts}
         step = evaluator(fed, state, trace=blocks)
         for op, results in step.trace.items():
             for value, array in zip(op.results, results, strict=True):
@@ -62,9 +95,28 @@ def write_golden(
     _add(writer, "golden.logits", np.concatenate(logits).astype(np.float32))
     for name, array in state.items():
         _add(writer, f"golden.state.{name}", array)
+    if feed is not None:
+        _add(writer, "golden.images", feed.all_rows(0))
+    if "vision" in module.parts:
+        _write_tower(module, writer)
     for layer, parts in seen.items():
         _add(writer, f"golden.block.{layer}", np.concatenate(parts).astype(np.float32))
-    writer.set_meta("golden", {"calls": list(GOLDEN_CALLS), "tolerance": tolerance})
+    facts = {"calls": list(GOLDEN_CALLS), "tolerance": tolerance, "grid": list(GOLDEN_GRID)}
+    writer.set_meta("golden", facts)
+
+
+def _write_tower(module: Module, writer: ArtifactWriter) -> None:
+    """A made-up image: its patches, and the rows of its span."""
+    down, across = GOLDEN_GRID
+    cell = _vision(module)["downsample"]
+    plan = ImagePlan(0, 0, down, across, -(-down // cell), -(-across // cell))
+    width = 3 * _vision(module)["patch_size"] ** 2
+    patches = np.random.default_rng(_SEED).uniform(-1, 1, (down * across, width)).astype(np.float32)
+    names = ("patches", "places", "cells", "layout")
+    inputs = dict(zip(names, [patches[None], *tower_indices(plan, cell)], strict=True))
+    outputs = Evaluator(module.parts["vision"], module.store, keep_weights=False)(inputs, {}).outputs
+    _add(writer, "golden.vision.patches", patches)
+    _add(writer, "golden.vision.rows", outputs["rows"][0].astype(np.float32))
 
 
 def _add(writer: ArtifactWriter, name: str, array: npt.NDArray[Any]) -> None:

@@ -1,10 +1,14 @@
-"""Cuts a model into stages of whole layers, between which nothing but the residual streams passes."""
+"""Cuts a model into stages of whole layers, and says what passes between them.
+
+Mostly that is the residual streams. Where layers publish what later ones read (entries, index keys, selections,
+candidate blocks) or collapse the streams by weights mixed a sub-layer earlier, those pass too.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from dsv4c.errors import TargetError
 from dsv4c.ir.graph import Module, Op, Value
@@ -13,7 +17,7 @@ from dsv4c.ir.streams import stream_values
 from .placement import balanced_runs
 
 STREAMS = "streams"
-"""The input and the output of a stage that carries the streams."""
+"""The name between two stages of what the earlier one leaves in the streams."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,30 +26,38 @@ class Stage:
 
     Attributes:
         first, last: layers, both included; 0 and -1 where a module is not cut.
-        source: the streams that come in; None for the first stage.
-        outputs: streams or logits, and the states of its layers; the position is the last stage's.
-        ops: what it computes, in order, without weights. What does not depend on the streams (positions,
+        inputs: what earlier stages have made, by the names that their `outputs` have. Of entries it is what
+            this step has made; the state that they extend is an argument of both stages.
+        outputs: what later stages read, logits, and the states of its layers; the position is the last
+            stage's.
+        ops: what it computes, in order, without weights. What does not depend on embeddings (positions,
             angles) is computed in every stage that reads it.
     """
 
     first: int
     last: int
-    source: Value | None
+    inputs: Mapping[str, Value]
     outputs: Mapping[str, Value]
     ops: tuple[Op, ...]
 
 
-def split(module: Module, count: int, sizes: Mapping[Op, int]) -> list[Stage]:
+def split(
+    module: Module, count: int, sizes: Mapping[Op, int], given: Iterable[Value] = (),
+    outputs: Mapping[str, Value] | None = None,
+) -> list[Stage]:  # fmt: skip
     """Stages whose weights are as even as runs of whole layers can be.
 
     Args:
         sizes: bytes of every weight op.
+        given: values that come from outside, though an op makes them.
+        outputs: those of the module that stages are to give; by default all.
 
     Raises:
-        TargetError: more stages than layers, or a layer reads more of another stage than the streams.
+        TargetError: more stages than layers, or a layer reads a weight or a state of another stage.
     """
+    outputs, known = dict(module.outputs if outputs is None else outputs), set(given)
     if count == 1:
-        return [Stage(0, -1, None, module.outputs, _needed(module, module.outputs, None))]
+        return [Stage(0, -1, {}, outputs, _needed(module, outputs.values(), known))]
     streams = {_number(layer): value for layer, value in stream_values(module).items()}
     if count > len(streams):
         raise TargetError(f"{count} stages", where=module.name, allowed=f"at most its {len(streams)} layers")
@@ -54,38 +66,119 @@ def split(module: Module, count: int, sizes: Mapping[Op, int]) -> list[Stage]:
         layer = _layer_of(op.loc)
         if layer is not None and layer < len(weights):
             weights[layer] += nbytes
-    runs = balanced_runs(weights, count)
-    return [_stage(module, first, last, streams) for first, last in runs]
+    return _Cut(module, balanced_runs(weights, count), streams, known, outputs).stages()
 
 
-def _stage(module: Module, first: int, last: int, streams: Mapping[int, Value]) -> Stage:
-    source, final = streams[first - 1] if first else None, last == len(streams) - 1
-    outputs: dict[str, Value] = {}
-    for name, value in module.outputs.items():
-        layer = _layer_of(name) if name in module.states else None
-        if final if layer is None else first <= layer <= last:
-            outputs[name] = value
-    if not final:
-        outputs = {STREAMS: streams[last], **outputs}
-    ops = _needed(module, outputs, source)
-    for value in dict.fromkeys(v for op in ops for v in op.operands):
-        owner = value.producer.loc if value.producer and value.producer.weight else value.name
-        layer = _layer_of(owner)
-        if layer is not None and not first <= layer <= last:
-            raise TargetError(
-                f"layers {first} to {last} read {owner}", where=module.name,
-                allowed="of other stages only the streams", hint="compile with fewer stages",
-            )  # fmt: skip
-    return Stage(first, last, source, outputs, ops)
+@dataclass(eq=False)
+class _Cut:
+    """A module being cut.
+
+    Attributes:
+        runs: first and last layer of every stage.
+        streams: layer -> the streams behind it.
+        home: op that depends on embeddings -> the number of its stage.
+    """
+
+    module: Module
+    runs: Sequence[tuple[int, int]]
+    streams: Mapping[int, Value]
+    given: set[Value]
+    outputs: Mapping[str, Value]
+    home: dict[Op, int] = field(default_factory=dict)
+
+    def stages(self) -> list[Stage]:
+        self._settle()
+        leave: list[dict[str, Value]] = [{} for _ in self.runs]
+        for name, value in self.outputs.items():
+            leave[self._stage_of_output(name)][name] = value
+        out: list[Stage] = []
+        for number in range(len(self.runs) - 1, -1, -1):  # later stages say what earlier ones must leave
+            read = self._read(number, leave[number].values())
+            inputs = {self._name(value, number): value for value in read}
+            for name, value in inputs.items():
+                assert value.producer is not None
+                leave[self.home[value.producer]].setdefault(name, value)
+            ops = _needed(self.module, leave[number].values(), self.given | set(read))
+            first, last = self.runs[number]
+            stage = Stage(first, last, inputs, dict(sorted(leave[number].items(), key=_streams_first)), ops)
+            self._check(stage)
+            out.append(stage)
+        return out[::-1]
+
+    def _settle(self) -> None:
+        """Give every op that depends on embeddings a stage: that of its layer, or of what stands before it."""
+        made, at = set[Value](), 0
+        for op in self.module.ops:
+            if op.weight is not None or not set(op.results).isdisjoint(self.given):
+                continue
+            if op.name != "embed" and made.isdisjoint(op.operands):
+                continue
+            made.update(op.results)
+            layer = _layer_of(op.loc)
+            at = len(self.runs) - 1 if op.loc == "head" else at
+            at = at if layer is None else self._stage_of(layer)
+            self.home[op] = at
+
+    def _stage_of(self, layer: int) -> int:
+        return next(i for i, (_, last) in enumerate(self.runs) if layer <= last)
+
+    def _stage_of_output(self, name: str) -> int:
+        layer = _layer_of(name) if name in self.module.states else None
+        return len(self.runs) - 1 if layer is None else self._stage_of(layer)
+
+    def _read(self, number: int, outputs: Iterable[Value]) -> list[Value]:
+        """Values of other stages that stage `number` needs for its outputs, in order."""
+        wanted, read = set(outputs), dict[Value, None]()
+        for op in reversed(self.module.ops):
+            made = wanted.intersection(op.results) - self.given
+            if op.weight is not None or not made:
+                continue
+            if self.home.get(op, number) != number:
+                read.update(dict.fromkeys(v for v in op.results if v in made))
+            else:
+                wanted.update(op.operands)
+        return list(reversed(read))
+
+    def _name(self, value: Value, number: int) -> str:
+        """What a value is called where stage `number` reads it: an output of the module has its name."""
+        if value is self.streams[self.runs[number - 1][1]]:
+            return STREAMS
+        for name, output in self.module.outputs.items():
+            if output is value:
+                return name
+        op = value.producer
+        assert op is not None
+        return f"{op.loc}.{op.name}.{self.module.ops.index(op)}.{op.results.index(value)}"
+
+    def _check(self, stage: Stage) -> None:
+        """Refuse a weight or a state of another stage, but for the entries that an input extends."""
+        extended = {extended_state(v) for v in stage.inputs.values()}
+        for value in dict.fromkeys(v for op in stage.ops for v in op.operands):
+            owner = value.producer.loc if value.producer and value.producer.weight else value.name
+            layer = _layer_of(owner)  # of an argument or a weight; what ops make has no name
+            if layer is not None and not stage.first <= layer <= stage.last and value not in extended:
+                raise TargetError(
+                    f"layers {stage.first} to {stage.last} read {owner}", where=self.module.name,
+                    allowed="of other stages only what they compute", hint="compile with fewer stages",
+                )  # fmt: skip
 
 
-def _needed(module: Module, outputs: Mapping[str, Value], source: Value | None) -> tuple[Op, ...]:
-    """The ops that the outputs depend on, but not what `source` depends on."""
-    wanted = set(outputs.values())
+def extended_state(value: Value) -> Value | None:
+    """The state of entries that a value extends; None for any other value."""
+    op = value.producer
+    return op.operands[0] if op is not None and op.name == "entries_append" else None
+
+
+def _streams_first(item: tuple[str, Value]) -> bool:
+    return item[0] != STREAMS
+
+
+def _needed(module: Module, outputs: Iterable[Value], given: set[Value]) -> tuple[Op, ...]:
+    """The ops that the outputs depend on, but not what `given` depends on."""
+    wanted = set(outputs)
     kept: list[Op] = []
     for op in reversed(module.ops):
-        made = set(op.results) - ({source} if source else set())
-        if op.weight is None and made & wanted:
+        if op.weight is None and (set(op.results) - given) & wanted:
             kept.append(op)
             wanted.update(op.operands)
     return tuple(reversed(kept))

@@ -347,6 +347,15 @@ def test_a_bias_may_take_experts_out(copied: Path) -> None:
     assert open_checkpoint(copied)
 
 
+def test_draft_layers_count_their_own_experts(copied: Path) -> None:
+    raw = json.loads((copied / "config.json").read_text())
+    raw["text_config"]["dspark_num_experts_per_tok"] = 3
+    (copied / "config.json").write_text(json.dumps(raw))
+    poke(DRAFT, np.full(2, -np.inf, F32))(copied)
+    with pytest.raises(CheckpointError, match=r"mtp\.1.*among 2 experts.*at least 3"):
+        open_checkpoint(copied)
+
+
 def test_scales_are_looked_at_in_bands(
     copied: Path, monkeypatch: pytest.MonkeyPatch, golden: Checkpoint
 ) -> None:

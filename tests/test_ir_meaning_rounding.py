@@ -87,6 +87,13 @@ def test_bf16_by_way_of_float32() -> None:
     np.testing.assert_array_equal(rounded(x, "bf16", np.float64), [1, 1 + 2**-6, 1 + 2**-7, 1])
 
 
+def test_fp16_ends_at_65504_and_at_its_subnormals() -> None:
+    x = [1 + 2**-11, 1 + 3 * 2**-11, 65519, 65520, -1e9, 2**-24 * 1.5, 2**-25, np.nan]
+    want = [1, 1 + 2**-9, 65504, np.inf, -np.inf, 2**-23, 0, np.nan]
+    for precision in (np.float32, np.float64):
+        np.testing.assert_array_equal(rounded(x, "fp16", precision), want)
+
+
 def test_blocks_and_channels() -> None:
     """With a scale of 2^-6 or less 0.0105 becomes 11/1024; beside 448 it is 5/512, a subnormal code."""
     x = np.array([448, 1.01, 4.48, 0.0105, 0.0105, 0.0105], np.float32)
@@ -167,8 +174,12 @@ def test_the_window_keeps_its_slots_while_it_fills() -> None:
 
 
 def test_expert_mlp_rounds_products_hidden_values_and_sums_in_order() -> None:
-    """x 1 through w1 = w3 = 1: silu(1) = .731058.. -> BF16 .73046875 -> E4M3 .75 (in steps of 1/16)."""
+    """x 1 through w1 = w3 = 1: silu(1) = .731058.. -> BF16 .73046875 -> E4M3 .75 (in steps of 1/16).
+
+    In FP16 it is 1497 / 2048.
+    """
     want = {"none": 0.7310585786300049, "bf16": 0.73046875, "e4m3": 0.75}
+    want |= {"fp16": 1497 / 2048, "mxfp8": 0.75}
     for rounding, value in want.items():
         c = Case()
         w13, w2 = (c.weight_of(n, np.ones(s, np.float32)) for n, s in (("w13", (1, 2, 1)), ("w2", (1, 1, 1))))
@@ -177,3 +188,19 @@ def test_expert_mlp_rounds_products_hidden_values_and_sums_in_order() -> None:
         one, ids = np.ones((1, 1, 1)), np.zeros((1, 1, 1), np.int32)
         found = c.meaning({"x": one, "ids": ids, "g": one, "n_valid": ints(1)})
         np.testing.assert_allclose(found["expert_mlp"], [[[value]]], rtol=1e-9)
+
+
+def test_expert_mlp_in_mxfp8_rounds_hidden_values_only() -> None:
+    """Blocks of 32 channels: a large one makes others of its block subnormal, and none of the next."""
+    c, inner = Case(), 64
+    w13, w2 = np.zeros((1, 2 * inner, 1), np.float32), np.ones((1, 1, inner), np.float32)
+    w13[0, inner:, 0] = 1 + 2.0**-12  # neither a BF16 nor an FP16 number
+    w13[0, :inner, 0] = 100  # silu of it is itself
+    w2[0, 0, 0] = 0
+    w13[0, inner, 0] = 60000  # scale 2^14
+    operands = [c.f32("x", B, T, 1), c.i32("ids", B, T, 1), c.f32("g", B, T, 1), c.i32("n_valid", B)]
+    weights = c.weight_of("w13", w13), c.weight_of("w2", w2)
+    c.op("expert_mlp", *operands, *weights, limit=1e6, rounding="mxfp8")
+    one, ids = np.ones((1, 1, 1)), np.zeros((1, 1, 1), np.int32)
+    (found,) = c.meaning({"x": one, "ids": ids, "g": one, "n_valid": ints(1)})["expert_mlp"].ravel()
+    assert found == 31 * 3 * 2.0 ** (14 - 9) + 32 * 104  # 100.02 in steps of 32, and of 8

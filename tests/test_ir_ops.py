@@ -25,6 +25,9 @@ EPS = {"eps": 1e-6}
 NGRAM = {"pad": 2, "multipliers": (3, 5, 7), "primes": (5, 7, 3, 11), "offsets": (0, 5, 12, 15), "heads": 2,
          "dead": True}  # fmt: skip
 HC_EPS = {"eps": 1e-6, "norm_eps": 1e-6}
+BORDER = {**HC_EPS, "iters": 20, "out_eps": 1e-6}
+PRE = ("f32[B, T, 6]", "f32[B, T, 2]", "f32[B, T, 2, 2]", "f32[B, T, 2]")
+POST = ("f32[B, T, 6]", "f32[B, T, 2]", "f32[B, T, 2, 2]")
 
 STORE = {"store": "t", "tier": "disk", "cache_bytes": 9000, "record": 80, "page": 4096}
 VALID: dict[str, Use] = {
@@ -35,6 +38,7 @@ VALID: dict[str, Use] = {
     "rms_norm": (("f32[B, T, 6]", "f32[6]"), EPS, ("f32[B, T, 6]",)),
     "unit_norm": (("f32[B, T, 6]",), EPS, ("f32[B, T, 6]",)),
     "split_heads": (("f32[B, T, 6]",), {"heads": 3}, ("f32[B, T, 3, 2]",)),
+    "merge_heads": (("f32[B, T, 3, 2]",), {}, ("f32[B, T, 6]",)),
     "add": (("f32[B, T, 6]", "f32[B, T, 6]"), {}, ("f32[B, T, 6]",)),
     "scale": (("f32[B, T, 6]",), {"factor": 2.0}, ("f32[B, T, 6]",)),
     "clamp": (("f32[B, T, 6]",), {"low": -1.0, "high": 1.0}, ("f32[B, T, 6]",)),
@@ -54,7 +58,12 @@ VALID: dict[str, Use] = {
                  {"ratio": 4, "overlap": True}, ("f32[B, (T+3)//4, 3]",)),
     "index_scores": (INDEX, {"ratio": 4}, ("f32[B, T, ctx//4]",)),
     "index_topk": (("f32[B, T, ctx//4]",), {"k": 5}, ("i32[B, T, 5]",)),
-    "index_select": (INDEX, {"ratio": 4, "k": 5}, ("i32[B, T, 5]",)),
+    "index_select": ((*INDEX, "i32[B, T, 7]"), {"ratio": 4, "k": 5, "size": 8}, ("i32[B, T, 5]",)),
+    "candidate_blocks": (("f32[B, T, ctx//4]", "i32[B]", "i32[B]"), {"ratio": 4, "size": 8, "count": 7},
+                         ("i32[B, T, 7]",)),
+    "index_restrict": (("f32[B, T, ctx//4]", "i32[B, T, 7]"), {"size": 8}, ("f32[B, T, ctx//4]",)),
+    "index_candidates": (INDEX, {"ratio": 4, "k": 5, "size": 8, "count": 7},
+                         ("i32[B, T, 5]", "i32[B, T, 7]")),
     "attention": (ATTENTION, {"scale": 0.25, "window": 8, "ratio": 4}, ("f32[B, T, 3, 16]",)),
     "hc_mix": (HC, {**HC_EPS, "iters": 20}, ("f32[B, T, 2]", "f32[B, T, 2]", "f32[B, T, 2, 2]")),
     "hc_collapse": (("f32[B, T, 2, 6]", "f32[B, T, 2]"), {}, ("f32[B, T, 6]",)),
@@ -62,7 +71,8 @@ VALID: dict[str, Use] = {
                   ("f32[B, T, 2, 6]",)),
     "hc_head_mix": (("f32[B, T, 2, 6]", "f32[2, 12]", "f32[2]", "f32[1]"), HC_EPS, ("f32[B, T, 2]",)),
     "sqrt_softplus": (("f32[B, T, 6]",), {}, ("f32[B, T, 6]",)),
-    "route_topk": (("f32[B, T, 6]", "f32[6]"), {"k": 2}, ("i32[B, T, 2]",)),
+    "route_topk": (("f32[B, T, 6]", "f32[6]", "i32[B, T]", "f32[6]"), {"k": 2, "image_token": 60},
+                   ("i32[B, T, 2]",)),
     "route_hash": (("i32[B, T]", "i32[61, 2]"), {}, ("i32[B, T, 2]",)),
     "route_weights": (("f32[B, T, 6]", "i32[B, T, 2]"), {"factor": 1.5, "eps": 1e-20}, ("f32[B, T, 2]",)),
     "dispatch": (("f32[B, T, 6]", "i32[B, T, 2]", "f32[B, T, 2]", "i32[B]"), {"experts": 2, "label": "R"},
@@ -79,11 +89,8 @@ VALID: dict[str, Use] = {
     "entries_close": (("f32[B, ctx//4, 3]", "f32[B, T, 6]", "f32[B, T, 6]", "f32[B, 8, 6]", "f32[B, 8, 6]",
                        "f32[3]", "f32[B, (T+3)//4, 1]", "f32[B, (T+3)//4, 1]", "i32[B]", "i32[B]"),
                       {"ratio": 4, "overlap": True, **EPS}, ("f32[B, ctx//4, 3]",)),
-    "hc_pre": ((*HC, "f32[6]"), {**HC_EPS, "iters": 20, "out_eps": 1e-6},
-               ("f32[B, T, 6]", "f32[B, T, 2]", "f32[B, T, 2, 2]")),
-    "hc_post_pre": ((HC[0], "f32[B, T, 6]", "f32[B, T, 2]", "f32[B, T, 2, 2]", *HC[1:], "f32[6]"),
-                    {**HC_EPS, "iters": 20, "out_eps": 1e-6},
-                    ("f32[B, T, 2, 6]", "f32[B, T, 6]", "f32[B, T, 2]", "f32[B, T, 2, 2]")),
+    "hc_pre": ((*HC, "f32[6]", "f32[B, T, 2]"), BORDER, PRE),
+    "hc_post_pre": ((HC[0], *POST, *HC[1:], "f32[6]", "f32[B, T, 2]"), BORDER, ("f32[B, T, 2, 6]", *PRE)),
     "add_route": (("i32[B, T, 2]", "f32[B, T, 2]"), {"expert": 4}, ("i32[B, T, 3]", "f32[B, T, 3]")),
     "expert_statistics": (("f32[4, 3]", "f32[B, T, 6]", "i32[B, T, 2]", "f32[B, T, 2]", "i32[B]",
                            "bf16[4, 10, 6]", "bf16[4, 6, 5]"), {"limit": 10.0}, ("f32[4, 3]",)),
@@ -102,7 +109,27 @@ VALID: dict[str, Use] = {
     "stream_norm": (("f32[B, T, 2, 6]", "f32[2, 6]"), EPS, ("f32[B, T, 12]",)),
     "short_conv": (("f32[B, T, 12]", "f32[B, 9, 12]", "f32[12, 4]", "i32[B]", "i32[B]"), {"dilation": 3},
                    ("f32[B, T, 12]",)),
+    "grid_angles": (("i32[B, N, 2]", "f32[3]"), {}, ("f32[B, N, 6]", "f32[B, N, 6]")),
+    "full_attention": (("f32[B, N, 2, 6]",) * 3, {"scale": 0.5}, ("f32[B, N, 2, 6]",)),
+    "gelu": (("f32[B, M, 6]",), {}, ("f32[B, M, 6]",)),
+    "gather_cells": (("f32[B, N, 6]", "i32[B, M, 4]"), {}, ("f32[B, M, 24]",)),
+    "image_span": (("f32[B, M, 6]", "i32[B, S]", "f32[6]", "f32[6]", "f32[6]"), {}, ("f32[B, S, 6]",)),
+    "merge_images": (("f32[B, T, 6]", "i32[B, T]", "f32[B, I, 6]", "i32[B]"), {"image_token": 60},
+                     ("f32[B, T, 6]",)),
 }  # fmt: skip
+
+ANY_RANK = frozenset({
+    "unit_norm", "split_columns", "round_values", "scale", "clamp", "sqrt_softplus", "linear", "gelu",
+})  # fmt: skip
+
+SHORT: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
+    ("attention", ATTENTION[:6], ("f32[B, T, 3, 16]",)), ("attention", ATTENTION[:7], ("f32[B, T, 3, 16]",)),
+    ("norm_rotary", ("f32[B, T, 3, 6]", "f32[B, T, 2]", "f32[B, T, 2]"), ("f32[B, T, 3, 6]",)),
+    ("index_select", INDEX, ("i32[B, T, 5]",)), ("route_topk", ("f32[B, T, 6]", "f32[6]"), ("i32[B, T, 2]",)),
+    ("hc_pre", (*HC, "f32[6]"), PRE[:3]),
+    ("hc_post_pre", (HC[0], *POST, *HC[1:], "f32[6]"), ("f32[B, T, 2, 6]", *PRE[:3])),
+]  # fmt: skip
+"""Uses without optional operands, and what they give; attributes are those of VALID."""
 
 WRONG_SHAPES = [
     ("split_columns", 0, "f32[B, T, 7]"), ("split_columns", 0, "f32[B, T, C]"),
@@ -142,6 +169,20 @@ WRONG_SHAPES = [
     ("engram_gate", 2, "f32[2, 7]"), ("engram_gate", 3, "f32[3, 6]"), ("engram_gate", 4, "i32[B, L]"),
     ("stream_norm", 1, "f32[2, 7]"), ("short_conv", 1, "f32[B, 8, 12]"), ("short_conv", 1, "f32[B, 9, 11]"),
     ("short_conv", 2, "f32[11, 4]"), ("short_conv", 2, "f32[12, 5]"),
+    ("merge_heads", 0, "f32[B, T, H, 2]"), ("merge_heads", 0, "f32[B, T, 3, D]"),
+    ("candidate_blocks", 1, "i32[L]"), ("candidate_blocks", 2, "i32[L]"),
+    ("index_restrict", 1, "i32[B, L, 7]"), ("index_restrict", 1, "i32[C, T, 7]"),
+    ("index_select", 5, "i32[B, L, 7]"), ("index_select", 5, "i32[C, T, 7]"),
+    ("index_candidates", 1, "f32[B, T, 4]"), ("index_candidates", 2, "f32[B, ctx//4, 15]"),
+    ("index_candidates", 3, "i32[L]"), ("index_candidates", 4, "i32[L]"),
+    ("route_topk", 2, "i32[B, L]"), ("route_topk", 3, "f32[7]"),
+    ("hc_pre", 5, "f32[B, T, 3]"), ("hc_post_pre", 8, "f32[B, T, 3]"), ("hc_post_pre", 8, "f32[B, L, 2]"),
+    ("grid_angles", 0, "i32[B, N, 3]"), ("grid_angles", 1, "f32[Q]"),
+    ("full_attention", 1, "f32[B, M, 2, 6]"), ("full_attention", 2, "f32[B, N, 2, 5]"),
+    ("gather_cells", 0, "f32[B, N, D]"), ("gather_cells", 1, "i32[C, M, 4]"),
+    ("gather_cells", 1, "i32[B, M, K]"), ("image_span", 1, "i32[C, S]"), ("image_span", 2, "f32[7]"),
+    ("image_span", 3, "f32[7]"), ("image_span", 4, "f32[7]"), ("merge_images", 1, "i32[B, L]"),
+    ("merge_images", 2, "f32[B, I, 7]"), ("merge_images", 2, "f32[C, I, 6]"), ("merge_images", 3, "i32[L]"),
 ]  # fmt: skip
 
 WRONG_VALUES = [("split_columns", {"widths": (6, 0)}), ("entries_close", {"ratio": 8}),
@@ -159,7 +200,10 @@ WRONG_VALUES = [("split_columns", {"widths": (6, 0)}), ("entries_close", {"ratio
                 ("engram_fetch", {"record": 64}), ("engram_fetch", {"record": 72}),
                 ("engram_fetch", {"page": 80}),
                 ("engram_fetch", {"page": 0}), ("engram_fetch", {"tier": "tape"}),
-                ("short_conv", {"dilation": 0})]  # fmt: skip
+                ("short_conv", {"dilation": 0}),
+                ("candidate_blocks", {"size": 0}), ("candidate_blocks", {"count": 0}),
+                ("index_restrict", {"size": 0}), ("index_select", {"size": 0}),
+                ("index_candidates", {"size": -1}), ("index_candidates", {"count": 0})]  # fmt: skip
 
 
 def make(name: str, types: tuple[str, ...], attrs: dict[str, Any]) -> Op:
@@ -181,10 +225,7 @@ def test_a_valid_use_gives_the_declared_results(name: str) -> None:
 @pytest.mark.parametrize(("name", "index"), [(n, i) for n, use in VALID.items() for i in range(len(use[0]))])
 def test_an_operand_of_another_rank_is_refused(name: str, index: int) -> None:
     """Element-wise ops and norms without a weight take any rank."""
-    if (
-        name in ("unit_norm", "split_columns", "round_values", "scale", "clamp", "sqrt_softplus", "linear")
-        and index == 0
-    ):
+    if name in ANY_RANK and index == 0:
         return
     types, attrs, _ = VALID[name]
     odd = [*types[:index], "f32[2, 3, 5, 7, 11]", *types[index + 1 :]]
@@ -235,10 +276,23 @@ def test_attributes_are_checked_by_name_and_kind(name: str) -> None:
             assert make(name, types[: OPS[name].arity[0]], rest).attrs[declared.name] == declared.default
 
 
-def test_optional_operands_may_be_left_out() -> None:
-    _, attrs, results = VALID["attention"]
-    for count in (6, 7, 8):
-        assert str(make("attention", ATTENTION[:count], attrs).result.type) == results[0]
+@pytest.mark.parametrize(("name", "types", "results"), SHORT)
+def test_optional_operands_may_be_left_out(
+    name: str, types: tuple[str, ...], results: tuple[str, ...]
+) -> None:
+    assert tuple(str(v.type) for v in make(name, types, VALID[name][1]).results) == results
+
+
+def test_every_optional_operand_is_left_out_above() -> None:
+    optional = {n for n, d in OPS.items() if d.arity[1] is not None and d.arity[0] < d.arity[1]}
+    elsewhere = {name for name in optional if name.startswith("engram_")}
+    assert optional - elsewhere == {name for name, _, _ in SHORT}
+
+
+def test_the_tokens_of_a_router_come_with_an_image_bias() -> None:
+    types, attrs, _ = VALID["route_topk"]
+    with pytest.raises(IRError, match="here: route_topk needs an image_bias beside the tokens"):
+        make("route_topk", types[:3], attrs)
 
 
 def test_a_weight_takes_the_type_of_its_expression() -> None:

@@ -109,47 +109,69 @@ def test_entries_close(shape: tuple[int, int, int, bool], t: int) -> None:
 
 
 @functools.cache
-def border(n: int, d: int, iters: int, bf16: bool) -> Case:
+def border(n: int, d: int, iters: int, bf16: bool, given: bool = False) -> Case:
+    """With `given` the streams are collapsed by weights from outside, and those of the mix are results."""
     c, rows = Case(), n * (2 + n)
     x, y = c.f32("x", B, T, n, d), c.f32("y", B, T, d)
     post, comb = c.f32("post", B, T, n), c.f32("comb", B, T, n, n)
     parameters = (
         c.weight("fn", rows, n * d, scale=(n * d) ** -0.5, bf16=bf16), c.weight("base", rows),
-        c.weight("scale", 3), c.weight("w", d),
+        c.weight("scale", 3), c.weight("w", d), *([c.f32("pre", B, T, n)] if given else []),
     )  # fmt: skip
     attrs = {"eps": 1e-6, "norm_eps": 1e-6, "iters": iters, "out_eps": 1e-5}
-    c.multi("hc_pre", x, *parameters, outs=("y", "post", "comb"), **attrs)
-    outs = ("z", "y2", "post2", "comb2")
+    c.multi("hc_pre", x, *parameters, outs=("y", "post", "comb", "pre"), **attrs)
+    outs = ("z", "y2", "post2", "comb2", "pre2")
     c.multi("hc_post_pre", x, y, post, comb, *parameters, outs=outs, **attrs)
     return c
 
 
 def streams(rng: np.random.Generator, b: int, t: int, n: int, d: int) -> dict[str, Arr]:
-    return {"x": normal(rng, b, t, n, d), "y": normal(rng, b, t, d), "post": normal(rng, b, t, n),
-            "comb": rng.uniform(0, 1, (b, t, n, n)).astype(np.float32)}  # fmt: skip
+    found = {"x": normal(rng, b, t, n, d), "y": normal(rng, b, t, d), "post": normal(rng, b, t, n)}
+    comb = rng.uniform(0, 1, (b, t, n, n)).astype(np.float32)
+    return found | {"comb": comb, "pre": normal(rng, b, t, n)}
 
 
 SHAPES = [(4, 96, 20, False), (4, 7, 20, True), (2, 5, 3, False), (1, 16, 1, True), (3, 33, 2, False),
           (4, 720, 20, True)]  # fmt: skip
 
 
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_borders(shape: tuple[int, int, int, bool]) -> None:
+def test_borders(shape: tuple[int, int, int, bool], given: bool) -> None:
     n, d, _, _ = shape
     for b, t in SIZES:
-        border(*shape).check(streams(np.random.default_rng(t), b, t, n, d))
+        inputs = streams(np.random.default_rng(t), b, t, n, d)
+        found = border(*shape, given).check(inputs)
+        assert ("pre" in found) == ("pre2" in found) == given
 
 
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_weights_from_outside_change_only_what_is_collapsed(shape: tuple[int, int, int, bool]) -> None:
+    """Those of the mix itself, fed back, give what the border without any gives, bit for bit."""
+    n, d, _, _ = shape
+    inputs = streams(np.random.default_rng(5), 2, 5, n, d)
+    other = border(*shape, True).run(inputs)
+    for outer, name in (("pre", ""), ("pre2", "2")):
+        want = border(*shape).run(inputs)
+        found = border(*shape, True).run(inputs | {"pre": other[outer]})
+        assert not np.array_equal(other[f"y{name}"], found[f"y{name}"])
+        for part in ("y", "post", "comb"):
+            np.testing.assert_array_equal(found[part + name], want[part + name], err_msg=part + name)
+
+
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[-1]])
-def test_a_token_of_a_border_does_not_depend_on_its_neighbours(shape: tuple[int, int, int, bool]) -> None:
+def test_a_token_of_a_border_does_not_depend_on_its_neighbours(
+    shape: tuple[int, int, int, bool], given: bool
+) -> None:
     """Bit for bit, for a projection on one thread and for one that a single token spreads over threads."""
     n, d, iters, bf16 = shape
     assert BorderShape(n, d, bf16, 1e-6, 1e-6, iters, 1e-5).spread == (shape is SHAPES[-1])
     whole = streams(np.random.default_rng(1), 2, 3, n, d)
-    together = border(*shape).run(whole)
-    dirty = border(*shape).run({k: poison(v, ints(1, 3)) for k, v in whole.items()})
+    together = border(*shape, given).run(whole)
+    dirty = border(*shape, given).run({k: poison(v, ints(1, 3)) for k, v in whole.items()})
     for name, want in together.items():
-        alone = border(*shape).run({k: v[1:, 2:] for k, v in whole.items()})[name]
+        alone = border(*shape, given).run({k: v[1:, 2:] for k, v in whole.items()})[name]
         np.testing.assert_array_equal(alone[0, 0], want[1, 2], err_msg=name)
         mask = valid_rows(ints(1, 3), 3)
         np.testing.assert_array_equal(dirty[name][mask], want[mask], err_msg=name)

@@ -104,7 +104,7 @@ def test_the_most_wanted_rows_are_hot(layer: Module, folder: Path, statistics: P
 
 def test_pass_and_runtime_agree_on_sizes(layer: Module, statistics: Path, folder: Path) -> None:
     options = f'stats="{statistics}", hot_bytes=9000, cache_bytes=50000'
-    passes = f"after(fuse_expert_gemms, layout_engram{{{options}}})"
+    passes = f"with(layout_engram{{{options}}})"
     path = api.compile(layer, output=folder / "sizes.dsv4", passes=passes, golden=False)
     artifact = Artifact.open(path, check="full")
     (note,) = laid(layer, stats=str(statistics), hot_bytes=9000, cache_bytes=50_000)["tables"]
@@ -172,7 +172,7 @@ def test_several_tables_share_the_budgets(layer: Module, folder: Path) -> None:
 def paths(layer: Module, folder: Path, statistics: Path) -> tuple[Path, Path]:
     """The layer with its table among the weights, and laid out."""
     options = f'stats="{statistics}", hot_bytes=9000, cache_bytes=30000'
-    passes = f"after(fuse_expert_gemms, layout_engram{{{options}}})"
+    passes = f"with(layout_engram{{{options}}})"
     plain = api.compile(layer, output=folder / "plain.dsv4", golden=False)
     return plain, api.compile(
         layer, output=folder / "laid.dsv4", passes=passes, golden=False, verify_passes=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 
 from dsv4c import api
 from dsv4c.cli.estimate_source import module_of
-from dsv4c.targets import TARGETS
+from dsv4c.runtime.container.layout import STORAGE
+from dsv4c.targets import TARGETS, parse_target
 from dsv4c.targets.mlu.scripts import device_files
 from dsv4c.targets.onnx.emit_static import emit_static
 
@@ -33,7 +35,7 @@ class Sizes:
         self.nbytes, self.programs = 0, dict[str, bytes]()
 
     def add_tensor(self, name: str, dtype: str, shape: tuple[int, ...], pieces: Any) -> None:
-        self.nbytes += math.prod(shape) * {"f32": 4, "i8": 1, "i32": 4}[dtype]
+        self.nbytes += math.prod(shape) * STORAGE[dtype].itemsize
 
     def add_section(self, name: str, data: bytes) -> None:
         self.programs[name] = data
@@ -65,3 +67,30 @@ def test_flash_over_sixteen_devices(target: str) -> None:
         for arch in chosen.archs:
             files, left = device_files(lowered, arch, 128)
             assert files["build.sh"].count("cncc ") >= 2 and not left
+
+
+@pytest.mark.parametrize(
+    ("target", "numerics", "stages", "low", "high"),
+    [("ascend:950", "fast", 4, 155e9, 165e9), ("mlu:590", "half", 16, 568e9, 575e9)],
+)
+def test_flash_in_other_formats(target: str, numerics: str, stages: int, low: float, high: float) -> None:
+    """Every node is legal; released codes take 160 GB in all, FP16 two bytes a number."""
+    module, _ = module_of(CONFIG)
+    module.store = NoBytes()
+    family, arch = parse_target(target)
+    unread = {
+        name: text.replace("requantise{", "requantise{samples=0, ")
+        for name, text in family.numerics_of(arch).items()
+    }
+    arch, passes = (
+        dataclasses.replace(arch, numerics=unread),
+        f"with(bind_shapes{{stages={stages}, context=8192}})",
+    )
+    _, pipeline = api.in_numerics(family, arch, family.format(""), numerics, passes)
+    lowered = api.lower(module, target, passes=pipeline).module
+    artifact: Any = Sizes()
+    dialect = family.dialect_of(arch)
+    assert dialect is not None
+    emit_static(lowered, module.store, artifact, dialect)
+    assert low < artifact.nbytes < high
+    assert len(artifact.programs) == 2 * stages

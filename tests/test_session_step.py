@@ -11,7 +11,7 @@ from test_model_harness import BETWEEN_CHUNKINGS, FORMATS, Arr, Models, feed, fe
 
 import dsv4c
 from dsv4c.errors import ArtifactError, Dsv4cError, SessionError, UsageError
-from dsv4c.runtime import session as session_module
+from dsv4c.runtime import backends as session_module
 
 VOCAB = 61
 NAME = "ratio16"

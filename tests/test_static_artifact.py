@@ -78,7 +78,7 @@ def test_greedy_continuation_is_the_golden_one(models: Models, folder: Path, tar
     assert found == want["generated_ids"].tolist()
 
 
-@pytest.mark.parametrize("numerics", ["fast", "exact"])
+@pytest.mark.parametrize("numerics", ["fast", "half", "exact"])
 @pytest.mark.parametrize("target", ARCHS)
 def test_every_arch_verifies_block_by_block(models: Models, folder: Path, target: str, numerics: str) -> None:
     path = built(models, folder, "v4", target, numerics)
@@ -88,7 +88,7 @@ def test_every_arch_verifies_block_by_block(models: Models, folder: Path, target
     assert blocks == [f"block layers.{i}" for i in range(5)] and checks[-1].name == "logits"
     if numerics == "exact":
         assert max(c.error for c in checks) < 1e-5
-    else:
+    elif (target, numerics) != ("ascend:950", "fast"):  # where a power of two leaves no other side of a step
         assert any(c.error > 1e-6 for c in checks)  # rounded inputs: it did take the other arithmetic
 
 
@@ -299,7 +299,7 @@ def test_bad_pipelines(
 
 
 def test_reference_numerics_are_refused(models: Models, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="numerics 'reference'; allowed: fast, exact"):
+    with pytest.raises(UsageError, match="numerics 'reference'; allowed: fast, half, exact"):
         dsv4c.compile(models.checkpoint("v4"), output=tmp_path / "m.dsv4", target="mlu", numerics="reference")
     assert not list(tmp_path.iterdir())
 

@@ -38,6 +38,9 @@ GUIDE = (ROOT / "docs" / "adding-a-target.md").read_text(encoding="utf-8")
 """The file that the guide builds."""
 
 DIALECTS = {t.name: t.dialect() for t in TARGETS.values() if t.dialect}
+OWN = {f"{t.name}:{a.name}": a.dialect() for t in TARGETS.values() for a in t.archs if a.dialect}
+"""Those that archs have in place of their target's."""
+ALL = {**DIALECTS, **OWN}
 
 
 def plugin(folder: Path, text: str = TOYBOARD, name: str = "toyboard.py") -> Path:
@@ -340,11 +343,11 @@ def test_an_op_outside_the_table_is_refused_where_it_stands(target: str, op: str
 
 @pytest.mark.parametrize("target", DIALECTS)
 def test_what_is_legal_has_a_lowering(target: str) -> None:
-    assert TARGETS[target].legal("") <= {*STATIC_LOWERINGS, "weight"}
+    assert TARGETS[target].legal("") <= {*STATIC_LOWERINGS, *HOST_OPS, "weight"}
     assert len([op for name, op in illegal() if name == target]) > 10
 
 
-@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
+@pytest.mark.parametrize("dialect", ALL.values(), ids=ALL)
 def test_an_op_without_a_lowering_is_refused_by_the_emitter(dialect: Dialect) -> None:
     module = fused("dispatch", "layers.3.ffn")
     module.meta["static_shapes"] = {"batch": 1, "context": 8, "tokens": [1], "stages": 1}
@@ -352,7 +355,7 @@ def test_an_op_without_a_lowering_is_refused_by_the_emitter(dialect: Dialect) ->
         emit_static(module, cast(Any, None), cast(ArtifactWriter, None), dialect)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
+@pytest.mark.parametrize("dialect", ALL.values(), ids=ALL)
 def test_a_node_outside_the_dialect_is_refused(dialect: Dialect) -> None:
     """At a version that the consumer lacks, under a name near one it has, and under none it knows."""
     with pytest.raises(TargetError) as caught:
@@ -371,7 +374,7 @@ def test_a_node_outside_the_dialect_is_refused(dialect: Dialect) -> None:
     dialect.check("", "Add", "layers.3.attn")
 
 
-@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
+@pytest.mark.parametrize("dialect", ALL.values(), ids=ALL)
 def test_an_element_type_or_a_rank_outside_the_dialect_is_refused(dialect: Dialect) -> None:
     g = StaticContext(dialect)
     g.where = "layers.3.attn"
@@ -385,7 +388,7 @@ def test_an_element_type_or_a_rank_outside_the_dialect_is_refused(dialect: Diale
                 dialect.check_type(element, 2, "x", "layers.3.attn")
 
 
-@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
+@pytest.mark.parametrize("dialect", ALL.values(), ids=ALL)
 def test_the_graph_holds_every_node_to_the_dialect(dialect: Dialect) -> None:
     """Nodes, and the types and ranks of what they give, when they are made."""
     g = StaticContext(dialect)

@@ -55,7 +55,7 @@ def make_layer(root: Path, table_bytes: int) -> Module:
 def lay_out(root: Path, module: Module, hot_bytes: int, counts: dict[str, Ids]) -> tuple[Artifact, Any]:
     Statistics("hit_rate", VOCAB, 0, {}, counts).save(root / "rows.npz")
     options = f'stats="{root / "rows.npz"}", hot_bytes={hot_bytes}'
-    passes = f"after(fuse_expert_gemms, layout_engram{{{options}}})"
+    passes = f"with(layout_engram{{{options}}})"
     notes = api.lower(module, passes=passes).module.notes["layout_engram"]["tables"][0]
     path = api.compile(module, output=root / f"hot{hot_bytes}.dsv4", passes=passes, golden=False)
     return Artifact.open(path), notes

@@ -94,7 +94,9 @@ def index_topk(op: Op, scores: Arr) -> Arr:
     out = np.full((*scores.shape[:2], k), -1, np.int32)
     order = np.argsort(-scores, axis=-1, kind="stable")[..., :k].astype(np.int32)
     keep = np.isfinite(np.take_along_axis(scores, order.astype(np.int64), axis=-1))
-    out[..., : order.shape[-1]] = np.where(keep, order, -1)
+    found = np.where(keep, order, np.int32(scores.shape[-1]))
+    found = np.sort(found, axis=-1) if op.attrs.get("ascending") else found
+    out[..., : order.shape[-1]] = np.where(found < scores.shape[-1], found, -1)
     return out
 
 

@@ -66,7 +66,7 @@ def combine(op: Op, ids: Arr, n_valid: Arr, *ys: Arr) -> Arr:
 
 def expert_mlp(op: Op, x: Arr, ids: Arr, weights: Arr, n_valid: Arr, w13: Arr, w2: Arr) -> Arr:
     out, inner = np.zeros_like(x), w2.shape[2]
-    narrow, quantise = _ROUNDINGS[str(op.attrs["rounding"])]
+    narrow, quantise = _roundings(op, inner)
     for expert in range(w13.shape[0]):
         b, t, slot = _routes(ids, n_valid, expert)
         if len(b):
@@ -85,14 +85,16 @@ def _e4m3_in(block: int) -> Callable[[Arr], Arr]:
     return lambda x: blocks(e4m3, x, block)
 
 
-_ROUNDINGS: dict[str, tuple[Callable[[Arr], Arr], Callable[[Arr], Arr]]] = {
-    "none": (_exactly, _exactly),
-    "bf16": (bf16, _exactly),
-    "fp16": (fp16, _exactly),
-    "e4m3": (bf16, _e4m3_in(128)),
-    "mxfp8": (_exactly, _e4m3_in(32)),
-}
-"""`expert_mlp.rounding` -> the rounding of products and hidden values, and one more of the latter."""
+def _roundings(op: Op, inner: int) -> tuple[Callable[[Arr], Arr], Callable[[Arr], Arr]]:
+    """The rounding of products and hidden values, and one more of the latter."""
+    known: dict[str, tuple[Callable[[Arr], Arr], Callable[[Arr], Arr]]] = {
+        "none": (_exactly, _exactly),
+        "bf16": (bf16, _exactly),
+        "fp16": (fp16, _exactly),
+        "e4m3": (bf16, _e4m3_in(integer(op, "block") or inner)),
+        "mxfp8": (_exactly, _e4m3_in(32)),
+    }
+    return known[str(op.attrs["rounding"])]
 
 
 def expert_statistics(

@@ -1,4 +1,4 @@
-"""Rounding of values to BF16, FP16, E4M3, E2M1 and INT8 and back (sections 3.1 to 3.3 and 7).
+"""Rounding of values to BF16, FP16, E4M3, E2M1 and INT8 and back (sections 3.1 to 3.3 and 7; V4.1 3).
 
 Knows arrays only. Everything is computed on the float32 cast of the values, whatever their type.
 """
@@ -18,6 +18,8 @@ F32 = npt.NDArray[np.float32]
 
 E4M3_FLOOR, E2M1_FLOOR = np.float32(1e-4), np.float32(6 * 2.0**-126)
 """The least amax of a block (section 7)."""
+E4M3_SCALE_FLOOR = np.float32(6 * 2.0**-9)
+"""The least amax of a block whose scale is an E4M3 number; that scale is the least of them (V4.1 section 3)."""
 ONE_448TH, ONE_6TH = np.array([0x3B124925, 0x3E2AAAAB], np.uint32).view(np.float32)
 """1/448 and 1/6 as the reference's FP32 constants (section 3.1)."""
 
@@ -56,6 +58,12 @@ def e4m3(x: F32) -> F32:
 def e2m1(x: F32) -> F32:
     """[..., block] by rule Q4_B: scale P(max(amax, 6 2^-126) / 6), E2M1 codes, back."""
     scale = power_of_two(np.maximum(_amax(x), E2M1_FLOOR) * ONE_6TH)
+    return bf16(_steps(np.clip(x / scale, np.float32(-6), np.float32(6)), 1, 0) * scale)
+
+
+def e2m1_e4m3(x: F32) -> F32:
+    """[..., block] by rule Q4e_B of V4.1: scale max(amax, 6 2^-9) / 6 as E4M3, E2M1 codes, back."""
+    scale = _steps(np.minimum(np.maximum(_amax(x), E4M3_SCALE_FLOOR) / np.float32(6), np.float32(448)), 3, -6)
     return bf16(_steps(np.clip(x / scale, np.float32(-6), np.float32(6)), 1, 0) * scale)
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from dsv4c.ir.graph import Op
 
 from .core import Arr, integer
-from .quantise import bf16, blocks, e2m1, e4m3, fp16, int8
+from .quantise import bf16, blocks, e2m1, e2m1_e4m3, e4m3, fp16, int8
 
 _PLAIN = {"bf16": bf16, "fp16": fp16}
-_SCALED = {"e4m3": e4m3, "e2m1": e2m1, "int8": int8}
+_SCALED = {"e4m3": e4m3, "e2m1": e2m1, "e2m1_e4m3": e2m1_e4m3, "int8": int8}
 
 
 def round_values(op: Op, x: Arr) -> Arr:

@@ -66,19 +66,25 @@ def _candidate_blocks(sig: Signature) -> Types:
     b, t, _ = sig.shape(0, 3)
     sig.fits(1, b)
     sig.fits(2, b)
-    _block_size(sig)
-    return (i32(b, t, sig.int("count")),)
+    block_size(sig)
+    return (i32(b, t, block_count(sig)),)
 
 
-def _block_size(sig: Signature) -> None:
+def block_size(sig: Signature) -> None:
     if sig.int("size") < 1:
         sig.fail(f"needs blocks of at least one entry, got size = {sig.int('size')}")
+
+
+def block_count(sig: Signature) -> int:
+    if sig.int("count") < 1:
+        sig.fail(f"needs at least the newest block, got count = {sig.int('count')}")
+    return sig.int("count")
 
 
 def _index_restrict(sig: Signature) -> Types:
     b, t, capacity = sig.shape(0, 3)
     sig.fits(1, b, t, sig.shape(1, 3)[2])
-    _block_size(sig)
+    block_size(sig)
     return (f32(b, t, capacity),)
 
 
@@ -86,7 +92,7 @@ def _index_select(sig: Signature) -> Types:
     b, t, _ = _index_scores(sig)[0].shape
     if len(sig.types) > 5:
         sig.fits(5, b, t, sig.shape(5, 3)[2])
-        _block_size(sig)
+        block_size(sig)
     return (i32(b, t, sig.int("k")),)
 
 
@@ -108,6 +114,7 @@ def _attention(sig: Signature) -> Types:
 _K = AttrDef("k", AttrKind.INT)
 _SIZE = AttrDef("size", AttrKind.INT)
 _ROUNDING = AttrDef("rounding", AttrKind.STR, "none")
+_ASCENDING = AttrDef("ascending", AttrKind.BOOL, False)
 
 ATTENTION: tuple[OpDef, ...] = (
     OpDef("rope_angles", ("positions", "frequencies"), _rope_angles, source="3.6",
@@ -128,9 +135,9 @@ ATTENTION: tuple[OpDef, ...] = (
           source="4.3",
           doc="sum_h relu(q_h k_j) w_h; -inf for entries not yet visible to the token. With rounding ="
               ' "reference" the dot product, its product with w_h and the sum over h are rounded to BF16.'),
-    OpDef("index_topk", ("scores",), _index_topk, (_K,), source="4.3",
-          doc="Entry ids of the k highest finite scores, best first, ties to the lower id; missing ones are"
-              " -1 and stand at the end."),
+    OpDef("index_topk", ("scores",), _index_topk, (_K, _ASCENDING), source="4.3; V4.1 4.5",
+          doc="Entry ids of the k highest finite scores, ties to the lower id; best first, or by id with"
+              " `ascending`. Missing ones are -1 and stand at the end."),
     OpDef("candidate_blocks", ("scores", "pos", "n_valid"), _candidate_blocks,
           (RATIO, _SIZE, AttrDef("count", AttrKind.INT)), source="V4.1 4.5",
           doc="Of the blocks of `size` entries the `count` whose best score is highest, ties to the lower id;"
@@ -139,10 +146,10 @@ ATTENTION: tuple[OpDef, ...] = (
     OpDef("index_restrict", ("scores", "blocks"), _index_restrict, (_SIZE,), source="V4.1 4.5",
           doc="scores; -inf for entries outside the blocks."),
     OpDef("index_select", ("q", "weights", "keys", "pos", "n_valid", "blocks?"), _index_select,
-          (RATIO, _K, _ROUNDING, AttrDef("size", AttrKind.INT, 0)), source="4.3; V4.1 4.5",
+          (RATIO, _K, _ROUNDING, AttrDef("size", AttrKind.INT, 0), _ASCENDING), source="4.3; V4.1 4.5",
           doc="index_topk of index_scores, restricted to blocks of `size` where they are given, without the"
               " scores in memory: the same set of ids, in no particular order unless rounding ="
-              ' "reference", and -1 at the end.'),
+              ' "reference" or `ascending`, and -1 at the end.'),
     OpDef("attention", ("q", "kv", "ring", "sinks", "pos", "n_valid", "entries?", "selected?"), _attention,
           (AttrDef("scale", AttrKind.FLOAT), AttrDef("window", AttrKind.INT),
            AttrDef("ratio", AttrKind.INT, 0), _ROUNDING),

@@ -9,6 +9,7 @@ from dsv4c.ir.attrs import AttrKind
 from dsv4c.ir.opdef import AttrDef, OpDef, Signature, static
 from dsv4c.ir.types import TensorType, f32, i32
 
+from .attention import block_count, block_size
 from .state import RATIO, closed_groups
 
 Types = tuple[TensorType, ...]
@@ -58,9 +59,8 @@ def _index_candidates(sig: Signature) -> Types:
     sig.equal(sig.shape(2, 3)[2], d, "the width of index queries and keys")
     sig.fits(3, b)
     sig.fits(4, b)
-    if sig.int("size") < 1:
-        sig.fail(f"needs blocks of at least one entry, got size = {sig.int('size')}")
-    return i32(b, t, sig.int("k")), i32(b, t, sig.int("count"))
+    block_size(sig)
+    return i32(b, t, sig.int("k")), i32(b, t, block_count(sig))
 
 
 def _pre(sig: Signature, first: int) -> Types:

@@ -87,6 +87,8 @@ def _experts(sig: Signature, first: int = 0) -> int:
 def _expert_mlp(sig: Signature) -> Types:
     _experts(sig)
     sig.choice("rounding", "none", "bf16", "fp16", "e4m3", "mxfp8")
+    if sig.int("block") < 0:
+        sig.fail(f"cannot round hidden values in blocks of {sig.int('block')}")
     return (f32(*sig.shape(0)),)
 
 
@@ -121,10 +123,11 @@ MOE: tuple[OpDef, ...] = (
           doc="The inverse of dispatch: per token the sum of its experts' rows, ascending expert; padding"
               " gets 0."),
     OpDef("expert_mlp", ("x", "ids", "weights", "n_valid", "w13", "w2"), _expert_mlp,
-          (AttrDef("limit", AttrKind.FLOAT), AttrDef("rounding", AttrKind.STR, "none")), source="4.4",
+          (AttrDef("limit", AttrKind.FLOAT), AttrDef("rounding", AttrKind.STR, "none"),
+           AttrDef("block", AttrKind.INT, 128)), source="4.4; V4.1 3",
           doc="dispatch, every expert's clamped SwiGLU MLP with the routing weight before w2, and combine, in"
               ' one. With rounding = "bf16" the three products and the hidden values are rounded to BF16;'
-              ' with "e4m3" the hidden values also pass round_values of that rule in blocks of 128. "fp16" is'
+              ' with "e4m3" the hidden values also pass round_values of that rule and `block`. "fp16" is'
               ' "bf16" with FP16 in its place; with "mxfp8" only the hidden values are rounded, by e4m3 in'
               ' blocks of 32.'),
     OpDef("expert_statistics", ("counts", "x", "ids", "weights", "n_valid", "w13", "w2"), _expert_statistics,

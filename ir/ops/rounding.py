@@ -8,7 +8,7 @@ from dsv4c.ir.types import TensorType, f32
 
 Types = tuple[TensorType, ...]
 
-RULES = ("bf16", "fp16", "e4m3", "e2m1", "int8")
+RULES = ("bf16", "fp16", "e4m3", "e2m1", "e2m1_e4m3", "int8")
 """The values of `round_values.rule`."""
 
 
@@ -33,10 +33,10 @@ ROUNDING: tuple[OpDef, ...] = (
     OpDef("round_values", ("x",), _round_values,
           (AttrDef("rule", AttrKind.STR), AttrDef("block", AttrKind.INT, 0),
            AttrDef("channels", AttrKind.INT, 0)),
-          source="3.2, 3.3, 6",
+          source="3.2, 3.3, 6; V4.1 3",
           doc="x after quantisation by `rule` and back; `block` values of the last axis share a scale (0: all"
               " of them, a last shorter block is one of its own), only the first `channels` are rounded (0:"
-              " all of them)."),
+              " all of them). Scales of e4m3 and e2m1 are powers of two, those of e2m1_e4m3 E4M3 numbers."),
     OpDef("hadamard", ("x",), _hadamard, source="3.7",
           doc="Sylvester's matrix of the last axis' width times x times width^-1/2."),
 )  # fmt: skip

@@ -68,5 +68,6 @@ VISION: tuple[OpDef, ...] = (
           doc="rows[layout], and start, newline, end where the layout says -1, -2, -3."),
     OpDef("merge_images", ("x", "tokens", "images", "n_images"), _merge_images,
           (AttrDef("image_token", AttrKind.INT),), source="V4.1 9.4",
-          doc="x, but row i of `images` in place of the i-th image token of this call, for i < n_images and i < I."),
+          doc="x, but row i of `images` in place of the i-th image token of this call, for i < n_images and"
+              " i < I."),
 )  # fmt: skip

@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class ImageRows:
-    """What one call brings: `rows` float32 [B,I,d] with I >= 1, of which sequence b uses `counts[b]`, int32 [B]."""
+    """What one call brings: `rows` f32 [B,I,d] with I >= 1, of which sequence b uses `counts[b]`, i32 [B]."""
 
     rows: Floats
     counts: Ints
@@ -62,6 +62,10 @@ class ImageFeed:
             out[b, :count] = rows[used : used + count]
         self._used += counts
         return ImageRows(out, counts)
+
+    def all_rows(self, sequence: int) -> Floats:
+        """float32 [n,d] of one sequence, used or not."""
+        return self._rows[sequence]
 
     def _count(self, tokens: Ints, n_valid: Ints) -> Ints:
         real = np.arange(tokens.shape[1]) < np.asarray(n_valid)[:, None]

@@ -6,7 +6,7 @@ import platform
 from pathlib import Path
 
 from dsv4c.targets.base import Arch, Emitter, Format, Target
-from dsv4c.targets.onnx.ops import FUSE, OPS
+from dsv4c.targets.onnx.ops import FUSE, OPS, VISION
 
 _V2 = ("cx16", "popcnt", "sse4_1", "sse4_2", "ssse3")
 _V3 = (*_V2, "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
@@ -20,11 +20,8 @@ ARCHS = (
 )
 """The psABI levels and generic 64-bit ARM; an artifact runs on every machine that has its arch's features."""
 
-_ENGRAM = frozenset({
-    "add_bias", "compress_tokens", "ngram_rows", "ngram_history", "engram_rows", "engram_gate", "stream_norm",
-    "short_conv", "engram_prefetch", "engram_fetch",
-})  # fmt: skip
-"""What only the TVM emitter takes so far."""
+_ENGRAM = frozenset({"stream_norm", "short_conv", "engram_prefetch", "engram_fetch"})
+"""What only the TVM emitter takes so far: a variant's convolution, and tables in a store."""
 
 _ROUNDING = frozenset({"round_values", "hadamard"})
 """Rounding points; ONNX has none of them, so `numerics=reference` is refused there."""
@@ -34,16 +31,11 @@ _FUSED = frozenset({
 })  # fmt: skip
 """What the later fusions make; only TVM has kernels for it."""
 
-_V41 = frozenset({
-    "index_candidates", "candidate_blocks", "index_restrict", "merge_heads", "grid_angles", "full_attention",
-    "gelu", "gather_cells", "image_span", "merge_images",
-})  # fmt: skip
-"""What V4.1 has beyond V4; only the TVM emitter takes it so far."""
-
-_UNFUSED = frozenset({"clamp", "swiglu", "index_scores", "index_topk"})
+_UNFUSED = frozenset({"clamp", "index_scores", "index_topk", "candidate_blocks", "index_restrict"})
 """What the first fusions take away, so that a pipeline without them compiles."""
 
 _TVM = (
+    ',layout_engram{stats="", hot_bytes=0, cache_bytes=67108864, tier="disk"}'
     ',fuse_norm_rotary,fuse_rotary_write,fuse_hyper{expand=true},narrow_weights{storage="packed"}'
     ",fold_shared_expert,merge_projections"
 )
@@ -94,7 +86,7 @@ CPU = Target(
             {"tvm": "apache-tvm"},
             _load_tvm,
             frozenset({"expert_statistics", "input_statistics"}).union(
-                _ENGRAM, _ROUNDING, _FUSED, _UNFUSED, _V41
+                _ENGRAM, _ROUNDING, _FUSED, _UNFUSED, VISION
             ),
             emits_parts=True,
         ),
@@ -103,6 +95,8 @@ CPU = Target(
             FUSE + ',narrow_weights{storage="f32"}' + _PLAN,
             {"onnx": "onnx"},
             _load_onnx,
+            VISION,
+            emits_parts=True,
         ),
     ),
     default_arch=host_arch,

@@ -1,4 +1,4 @@
-"""Lowerings of the `attention` family: rotary, compressor, indexer, sparse attention with sink.
+"""Lowerings of the `attention` family: rotary, compressor, sparse attention with sink.
 
 Old and new entries are never joined: each is scored, masked and mixed by itself.
 """
@@ -13,7 +13,8 @@ from onnx import TensorProto
 
 from dsv4c.ir.graph import Op
 
-from .lowering import Context, Entries, V, integer, number, size
+from . import indexer
+from .lowering import Context, V, integer, number, size
 from .state import clip, column, most_closed
 
 
@@ -31,7 +32,7 @@ def rotary(g: Context, op: Op) -> V:
     heads = size(op, 0, 2) if op.operands[0].type.rank == 4 else None
     sin = g.op("Neg", sin) if op.attrs["inverse"] else sin
     kept, turned = g.multi("Split", 2, x, [width - rope, rope], axis=-1) if rope < width else (None, x)
-    turned = g.rotate(turned, cos, sin, rope, heads)
+    turned = g.rotate(turned, cos, sin, rope, heads, bool(op.attrs["halves"]))
     return g.op("Concat", kept, turned, axis=-1) if kept else turned
 
 
@@ -112,63 +113,13 @@ def _with_previous(g: Context, x: V, width: int) -> V:
 
 
 def index_select(g: Context, op: Op) -> V:
-    """q [B,T,H,D], weights [B,T,H], keys Entries, pos, n_valid [B] -> INT64 ids [B,T,min(k,U+E)].
-
-    Missing ids are -1; columns that could hold nothing else are left off.
-    """
-    q, weights, keys = g.tensor(op, 0), g.tensor(op, 1), g.entries(op, 2)
-    ratio, pos = integer(op, "ratio"), g.tensor(op, 3)
-    used, first = g.dim(keys.old, 1), g.op("Div", pos, ratio)
-    existing = g.op("Add", used, g.dim(keys.new, 1))
-    best = g.op("Min", existing, integer(op, "k"))
-    shift = g.op("Sub", column(g, first, 2), used)  # from a new row's column to its id
-    per_token = g.op("Mul", g.op("Mul", existing, 2 * size(op, 0, 2)), g.dim(pos, 0))
-
-    def block(start: V, count: V) -> V:
-        here = _tokens(g, q, start, count)
-        by_head = g.op("Unsqueeze", _tokens(g, weights, start, count), [2])
-        visible = {
-            keys.old: _is_old(g, keys, first),
-            keys.new: _is_seen(g, keys, first, _seen(g, pos, start, count, ratio)),
-        }
-        scores = []
-        for rows, mask in visible.items():
-            dots = g.op("Relu", _dots(g, op, here, rows, 1.0))
-            scores.append(g.op("Where", mask, g.op("Squeeze", g.op("MatMul", by_head, dots), [2]), -inf))
-        top, place = g.top_k(g.op("Concat", *scores, axis=-1), best)
-        # Among the visible, ids ascend with the column, so that TopK's lower column is the lower id.
-        ids = g.op("Where", g.op("Less", place, used), place, g.op("Add", place, shift))
-        return g.op("Where", g.op("Greater", top, -inf), ids, -1)
-
-    return g.token_blocks(g.dim(q, 1), per_token, 1 << 30, block, integers=True)
+    """q [B,T,H,D], weights [B,T,H], keys, pos, n_valid, blocks? -> INT64 ids; see `indexer.select`."""
+    return indexer.select(g, op)
 
 
-def _seen(g: Context, pos: V, start: V, count: V, ratio: int) -> V:
-    """INT64 [B,n,1]: how many entries each token of the block may see."""
-    here = g.op("Add", column(g, pos), g.op("Add", g.iota(count), start))
-    return g.op("Unsqueeze", g.op("Div", g.op("Add", here, 1), ratio), [2])
-
-
-def _is_old(g: Context, entries: Entries, first: V) -> V:
-    """BOOL [B,1,U]: the old rows that are entries of this sequence."""
-    return g.op("Less", g.iota(g.dim(entries.old, 1), 1, 1, -1), column(g, first, 2))
-
-
-def _is_seen(g: Context, entries: Entries, first: V, seen: V) -> V:
-    """BOOL [B,n,E]: the new rows each token may see."""
-    return g.op("Less", g.op("Add", column(g, first, 2), g.iota(g.dim(entries.new, 1), 1, 1, -1)), seen)
-
-
-def _tokens(g: Context, x: V, start: V, count: V) -> V:
-    """[B,T,...] -> [B,n,...]."""
-    return g.op("Slice", x, start, g.op("Add", start, count), [1])
-
-
-def _dots(g: Context, op: Op, q: V, keys: V, factor: float) -> V:
-    """q [B,n,H,D], keys [B,S,D] -> [B,n,H,S]."""
-    heads, width = size(op, 0, 2), size(op, 0, 3)
-    flat = g.matmul_t(g.reshape(q, 0, -1, width), keys, factor)
-    return g.reshape(flat, 0, -1, heads, g.dim(keys, 1))
+def index_candidates(g: Context, op: Op) -> tuple[V, V]:
+    """q [B,T,H,D], weights [B,T,H], keys, pos, n_valid -> INT64 ids and blocks; see `indexer.candidates`."""
+    return indexer.candidates(g, op)
 
 
 # ----------------------------------------------------------------------------------- attention
@@ -204,7 +155,7 @@ def attention(g: Context, op: Op) -> V:
         floats = g.op("Add", floats, g.op("Mul", g.dim(g.tensor(op, 7), 2), 3 * (heads + size(op, 0, 3))))
 
     def block(start: V, count: V) -> V:
-        here = _tokens(g, q, start, count)
+        here = indexer.tokens_of(g, q, start, count)
         parts = [source(here, start, count) for source in sources]
         rows = g.shape(g.dim(q, 0), count, 1, 1)
         sink = g.op("Expand", g.reshape(sinks, 1, 1, heads, 1), rows)
@@ -236,12 +187,12 @@ def _window(g: Context, op: Op) -> _Source:
 
     def part(q: V, start: V, count: V) -> _Part:
         span = g.op("Add", count, ring)
-        keys = _tokens(g, rows, start, span)
+        keys = indexer.tokens_of(g, rows, start, span)
         row = g.iota(span, 1, 1, 1, -1)
         age = g.op("Sub", g.op("Add", g.iota(count, 1, -1, 1, 1), ring), row)
         near = g.op("And", g.op("GreaterOrEqual", age, 0), g.op("Less", age, window))
         mask = g.op("And", near, g.op("GreaterOrEqual", g.op("Add", row, start), empty))
-        return _Part(g.op("Where", mask, _dots(g, op, q, keys, scale), -inf), keys)
+        return _Part(g.op("Where", mask, indexer.dots(g, op, q, keys, scale), -inf), keys)
 
     return part
 
@@ -249,9 +200,9 @@ def _window(g: Context, op: Op) -> _Source:
 def _every_old(g: Context, op: Op) -> _Source:
     """Every entry of earlier calls."""
     entries, first, scale = g.entries(op, 6), _first(g, op), number(op, "scale")
-    mask = g.op("Unsqueeze", _is_old(g, entries, first), [2])
+    mask = g.op("Unsqueeze", indexer.is_old(g, entries, first), [2])
     return lambda q, start, count: _Part(
-        g.op("Where", mask, _dots(g, op, q, entries.old, scale), -inf), entries.old
+        g.op("Where", mask, indexer.dots(g, op, q, entries.old, scale), -inf), entries.old
     )
 
 
@@ -260,9 +211,9 @@ def _every_new(g: Context, op: Op) -> _Source:
     entries, first, scale, pos = g.entries(op, 6), _first(g, op), number(op, "scale"), g.tensor(op, 4)
 
     def part(q: V, start: V, count: V) -> _Part:
-        seen = _seen(g, pos, start, count, integer(op, "ratio"))
-        mask = g.op("Unsqueeze", _is_seen(g, entries, first, seen), [2])
-        return _Part(g.op("Where", mask, _dots(g, op, q, entries.new, scale), -inf), entries.new)
+        seen = indexer.seen(g, pos, start, count, integer(op, "ratio"))
+        mask = g.op("Unsqueeze", indexer.is_seen(g, entries, first, seen), [2])
+        return _Part(g.op("Where", mask, indexer.dots(g, op, q, entries.new, scale), -inf), entries.new)
 
     return part
 
@@ -273,7 +224,7 @@ def _selected(g: Context, op: Op) -> _Source:
     first = column(g, _first(g, op), 2)
 
     def part(q: V, start: V, count: V) -> _Part:
-        chosen = _tokens(g, ids, start, count)
+        chosen = indexer.tokens_of(g, ids, start, count)
         old = g.gather_rows(entries.old, clip(g, chosen, g.dim(entries.old, 1)))
         new = g.gather_rows(entries.new, clip(g, g.op("Sub", chosen, first), g.dim(entries.new, 1)))
         keys = g.op("Where", g.op("Unsqueeze", g.op("Less", chosen, first), [-1]), old, new)

@@ -50,6 +50,16 @@ def split_heads(g: Context, op: Op) -> V:
     return g.reshape(g.tensor(op, 0), 0, 0, heads, size(op, 0, 2) // heads)
 
 
+def merge_heads(g: Context, op: Op) -> V:
+    """[B,T,H,D] -> [B,T,H*D]."""
+    return g.reshape(g.tensor(op, 0), 0, 0, size(op, 0, 2) * size(op, 0, 3))
+
+
+def add_bias(g: Context, op: Op) -> V:
+    """x [...,N], bias [N] -> [...,N]."""
+    return g.op("Add", *g.tensors(op, 2))
+
+
 def add(g: Context, op: Op) -> V:
     """Two tensors of one shape."""
     return g.op("Add", *g.tensors(op, 2))
@@ -65,12 +75,18 @@ def gather_rows(g: Context, op: Op) -> V:
     return g.gather_rows(*g.tensors(op, 2))
 
 
+def swiglu(g: Context, op: Op) -> V:
+    """gate, up of one shape -> the same."""
+    gate, up = g.tensors(op, 2)
+    return g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
+
+
 def clamped_swiglu(g: Context, op: Op) -> V:
     """gate, up of one shape -> the same."""
-    return swiglu(g, g.tensor(op, 0), g.tensor(op, 1), number(op, "limit"))
+    return limited_swiglu(g, g.tensor(op, 0), g.tensor(op, 1), number(op, "limit"))
 
 
-def swiglu(g: Context, gate: V, up: V, limit: float) -> V:
+def limited_swiglu(g: Context, gate: V, up: V, limit: float) -> V:
     """silu(min(gate, limit)) clamp(up, -limit, limit)."""
     gate, up = g.op("Min", gate, limit), g.op("Clip", up, -limit, limit)
     return g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)

@@ -12,12 +12,17 @@ from dsv4c.ir.graph import Module, Op, Value
 from dsv4c.ir.weights import TensorStore
 from dsv4c.runtime.container import ArtifactWriter
 
+from .host import HostPart, host_part, write_host
 from .lowering import Context, Entries, V, integer
+from .ops import HOST_OPS
 from .stored import LOCATION_MARK, store_weight, stored_bytes
 from .table import LOWERINGS
 
 Progress = Callable[[str, int, int], None]
 """(tensor name, bytes done, bytes in all)"""
+
+PART = "onnx.part."
+"""In front of the name of a further program."""
 
 
 def emit_onnx(
@@ -30,7 +35,9 @@ def emit_onnx(
     entries the model is fed the used rows, at least one: [B, "used.<state>", D].
     meta["onnx"] = {"location": the mark of the file, "tensors": [names, in the order of the offset marks],
     "states": {name: {"output", and for entries "ratio" and "read"}}}; "read" is "some" when only gathers
-    touch the old rows, else "all".
+    touch the old rows, else "all". "host" is what `host.write_host` says of the inputs that the runtime makes
+    itself; it is there only where there are some. Each of `module.parts` becomes the section "onnx.part.NAME";
+    "parts": {name: {"inputs": [...], "outputs": [...]}}.
 
     Args:
         progress: called after each tensor with its name, the bytes done and the bytes in all.
@@ -38,24 +45,43 @@ def emit_onnx(
     Raises:
         TargetError: an op has no lowering, or a value is used in a way the dialect cannot express.
     """
-    _check(module)
+    programs = {"onnx": module} | {f"{PART}{name}": part for name, part in module.parts.items()}
+    for one in programs.values():
+        _check(one)
+    host, tensors = host_part(module), list[str]()
+    meta: dict[str, object] = {"location": LOCATION_MARK, "tensors": tensors, "states": _states(module, host)}
+    parts: dict[str, object] = {}
+    for section, one in programs.items():
+        facts = _emit(one, host if one is module else HostPart(), section, store, writer, tensors, progress)
+        if one is not module:
+            parts[section.removeprefix(PART)] = facts
+    if host.ops:
+        meta["host"] = write_host(host, module, store, writer)
+    writer.set_meta("onnx", meta | ({"parts": parts} if parts else {}))
+
+
+def _emit(
+    module: Module, host: HostPart, section: str, store: TensorStore, writer: ArtifactWriter,
+    tensors: list[str], progress: Progress | None,
+) -> dict[str, list[str]]:  # fmt: skip
+    """One program into its section, its weights behind those of `tensors`; the names of its border."""
     g = Context()
-    weights = _store_weights(g, module, store, writer, progress)
-    inputs = [_argument(g, name, value) for name, value in module.arguments().items()]
+    weights = _store_weights(g, host.device_weights(module), store, writer, tensors, progress)
+    border = {name: v for name, v in module.arguments().items() if name not in host.states} | host.inputs
+    inputs = [_argument(g, name, value) for name, value in border.items()]
     for op in module.ops:
-        if op.weight is None:
+        if op.weight is None and op not in host.ops:
             _lower(g, op)
     g.where = "outputs"
-    outputs = [_output(g, name, value, module) for name, value in module.outputs.items()]
+    outputs = [_output(g, name, value, module) for name, value in host.device_outputs(module).items()]
     model = g.model(inputs, outputs, weights)
-    writer.add_section("onnx", model.SerializeToString())
-    tensors = [w.name for w in weights]
-    writer.set_meta("onnx", {"location": LOCATION_MARK, "tensors": tensors, "states": _states(module)})
+    writer.add_section(section, model.SerializeToString())
+    return {"inputs": [i.name for i in inputs], "outputs": [o.name for o in outputs]}
 
 
 def _check(module: Module) -> None:
     for op in module.ops:
-        if op.weight is None and op.name not in LOWERINGS:
+        if op.weight is None and op.name not in LOWERINGS and op.name not in HOST_OPS:
             allowed = ", ".join(sorted(LOWERINGS))
             raise TargetError(f"{op.name} has no ONNX lowering", where=op.loc or module.name, allowed=allowed)
         if op.attrs.get("rounding", "none") != "none":
@@ -64,13 +90,14 @@ def _check(module: Module) -> None:
 
 
 def _store_weights(
-    g: Context, module: Module, store: TensorStore, writer: ArtifactWriter, progress: Progress | None
-) -> list[TensorProto]:
-    ops = [op for op in module.weights() if op.result.uses]
+    g: Context, ops: list[Op], store: TensorStore, writer: ArtifactWriter, tensors: list[str],
+    progress: Progress | None,
+) -> list[TensorProto]:  # fmt: skip
     total, done, out = sum(map(stored_bytes, ops)), 0, []
-    for index, (op, name) in enumerate(zip(ops, weight_names(ops), strict=True)):
+    for op, name in zip(ops, weight_names(ops), strict=True):
         assert op.weight is not None
-        out.append(store_weight(op.weight, name, index, store, writer, op.loc).declare())
+        out.append(store_weight(op.weight, name, len(tensors), store, writer, op.loc).declare())
+        tensors.append(name)
         g.values[op.result] = V(name)
         done += stored_bytes(op)
         if progress:
@@ -129,9 +156,11 @@ def append_of(state: Value) -> Op | None:
     return next((op for op, index in state.uses if op.name == "entries_append" and index == 0), None)
 
 
-def _states(module: Module) -> dict[str, dict[str, object]]:
+def _states(module: Module, host: HostPart) -> dict[str, dict[str, object]]:
     out: dict[str, dict[str, object]] = {}
     for name, value in module.states.items():
+        if name in host.states:
+            continue
         out[name] = {"output": output_name(name, module)}
         append = append_of(value)
         if append is not None:

@@ -20,12 +20,14 @@ from dsv4c.ir.packed import packed_form
 from dsv4c.ir.streams import stream_values
 from dsv4c.ir.weights import TensorStore, WeightExpr
 from dsv4c.runtime.container import ArtifactWriter
-from dsv4c.targets.stages import STREAMS, Stage, split
+from dsv4c.targets.stages import Stage, extended_state, split
 
 from . import static_linear, static_moe, static_rounding
 from .dialect import Dialect
 from .emit import Progress, append_of, output_name, weight_names
+from .host import HostPart, host_part, write_host
 from .lowering import Entries, Lowering, V, integer
+from .ops import HOST_OPS
 from .static import StaticContext
 from .stored import LOCATION_MARK, Stored, store_codes, store_weight, stored_bytes, transposed
 from .table import LOWERINGS
@@ -80,29 +82,31 @@ def emit_static(
 ) -> None:
     """Write the weights and, per number of tokens and stage, the section "onnx.<name>" with its program.
 
-    meta["onnx"] = {"location", "tensors", "states"} as `emit_onnx` writes them, and "static": {"batch",
+    meta["onnx"] = {"location", "tensors", "states", "host"} as `emit_onnx` writes them, and "static": {"batch",
     "context", "buckets": [{"tokens", "programs": [{"name", "stage", "probes": {layer: tensor}, "border":
-    {"inputs": [names], "outputs": [[name, NumPy dtype, shape]]}}]}], "dialect", "opset"}. Every stage but the
-    first reads "streams.in", every one but the last gives "streams".
+    {"inputs": [names], "outputs": [[name, NumPy dtype, shape]]}}]}], "dialect", "opset"}. What a stage reads of
+    earlier ones is called as their output was, with ".in" behind it: "streams" becomes "streams.in".
 
     Raises:
         TargetError: an op has no lowering, or a node, type or rank is outside the dialect; names the layer.
     """
     shapes = Shapes.of(module)
     _check(module, dialect)
-    split(module, shapes.stages, {})  # what cannot be cut is refused before any weight is written
-    stored = _store(module, store, writer, dialect, progress)
+    host = host_part(module)
+    _split(module, host, shapes.stages, {})  # what cannot be cut is refused before any weight is written
+    stored = _store(host.device_weights(module), store, writer, dialect, progress)
     buckets = []
     for count in shapes.tokens:
-        sizes = {"B": shapes.batch, "ctx": shapes.context, "T": count, "L": count}
+        sizes = {"B": shapes.batch, "ctx": shapes.context, "T": count, "L": count, "I": count}
         bound = clone(module, sizes)
-        places = dict(zip(_read_weights(bound), stored, strict=True))
-        stages = split(bound, shapes.stages, {op: sum(p.nbytes for p in ps) for op, ps in places.items()})
-        programs = []
-        for number, stage in enumerate(stages):
+        part = host_part(bound)
+        places = dict(zip(part.device_weights(bound), stored, strict=True))
+        nbytes = {op: sum(p.nbytes for p in ps) for op, ps in places.items()}
+        programs, made = [], dict[str, ValueInfoProto]()
+        for number, stage in enumerate(_split(bound, part, shapes.stages, nbytes)):
             g = StaticContext(dialect)
-            model = _model(g, bound, stage, places)
-            name = f"{count}" if len(stages) == 1 else f"{count}.{number}"
+            model = _model(g, bound, stage, places, part, made)
+            name = f"{count}" if shapes.stages == 1 else f"{count}.{number}"
             writer.add_section(SECTION + name, model)
             programs.append({"name": name, "stage": number, "probes": g.probes, "border": g.border()})
         buckets.append({"tokens": count, "programs": programs})
@@ -111,8 +115,14 @@ def emit_static(
         "dialect": dialect.name, "opset": dialect.opset,
     }  # fmt: skip
     names = [part.name for parts in stored for part in parts]
-    states = {name: _state(module, name, value) for name, value in module.states.items()}
-    writer.set_meta("onnx", {"location": LOCATION_MARK, "tensors": names, "states": states, "static": static})
+    states = {n: _state(module, n, v) for n, v in module.states.items() if n not in host.states}
+    meta = {"location": LOCATION_MARK, "tensors": names, "states": states, "static": static}
+    writer.set_meta("onnx", meta | ({"host": write_host(host, module, store, writer)} if host.ops else {}))
+
+
+def _split(module: Module, host: HostPart, count: int, sizes: Mapping[Op, int]) -> list[Stage]:
+    """The stages of what programs compute."""
+    return split(module, count, sizes, host.inputs.values(), host.device_outputs(module))
 
 
 def program_names(shapes: Shapes) -> list[str]:
@@ -123,7 +133,7 @@ def program_names(shapes: Shapes) -> list[str]:
 
 def _check(module: Module, dialect: Dialect) -> None:
     for op in module.ops:
-        if op.weight is None and op.name not in STATIC_LOWERINGS:
+        if op.weight is None and op.name not in STATIC_LOWERINGS and op.name not in HOST_OPS:
             allowed = ", ".join(sorted(STATIC_LOWERINGS))
             raise TargetError(
                 f"{dialect.name} has no {op.name}", where=op.loc or module.name, allowed=allowed
@@ -137,10 +147,9 @@ def _check(module: Module, dialect: Dialect) -> None:
 
 
 def _store(
-    module: Module, store: TensorStore, writer: ArtifactWriter, dialect: Dialect, progress: Progress | None
+    ops: list[Op], store: TensorStore, writer: ArtifactWriter, dialect: Dialect, progress: Progress | None
 ) -> list[tuple[Stored, ...]]:
     """Per weight what holds it: its numbers, or its codes and scales."""
-    ops = [op for op in module.weights() if op.result.uses]
     total, done, index = sum(map(stored_bytes, ops)), 0, 0
     out: list[tuple[Stored, ...]] = []
     for op, name in zip(ops, weight_names(ops), strict=True):
@@ -176,31 +185,41 @@ def _is_gathered(op: Op) -> bool:
     return any(user.name == "expert_mlp" for user in op.result.users())
 
 
-def _read_weights(module: Module) -> list[Op]:
-    return [op for op in module.weights() if op.result.uses]
-
-
-def _model(g: StaticContext, module: Module, stage: Stage, places: Mapping[Op, tuple[Stored, ...]]) -> bytes:
+def _model(
+    g: StaticContext, module: Module, stage: Stage, places: Mapping[Op, tuple[Stored, ...]], host: HostPart,
+    made: dict[str, ValueInfoProto],
+) -> bytes:  # fmt: skip
+    """The program of one stage; `made` are the outputs of those before it, by name, and it adds its own."""
     for op, parts in places.items():
-        held = packed_form(op.weight) if op.weight is not None and len(parts) > 1 else None
-        g.holds(op.result, *parts, scheme=held.scheme if held else None)
-    read = {v for op in stage.ops for v in op.operands}
-    arguments = {name: value for name, value in module.arguments().items() if value in read}
-    g.inputs = [_argument(g, name, value) for name, value in arguments.items()]
-    if stage.source is not None:
-        g.inputs.append(_streams_in(g, stage.source))
+        held = packed_form(op.weight) if op.weight is not None else None
+        if held is None or len(parts) == 1:
+            g.holds(op.result, parts[0])
+        else:
+            g.holds(op.result, parts[0], parts[1], held.scheme)
+    read = {v for op in stage.ops for v in op.operands} | {extended_state(v) for v in stage.inputs.values()}
+    border = module.arguments() | host.inputs
+    g.inputs = [_argument(g, name, value) for name, value in border.items() if value in read]
+    g.inputs += [_from_before(g, output_name(name, module), v, made) for name, v in stage.inputs.items()]
     streams = {v: layer for layer, v in stream_values(module).items()} if "logits" in module.outputs else {}
     for op in stage.ops:
         _lower(g, op, streams)
     g.where = "outputs"
     g.outputs = [_output(g, name, value, module) for name, value in stage.outputs.items()]
+    made.update((info.name, info) for info in g.outputs)
     data: bytes = g.model(g.inputs, g.outputs).SerializeToString()
     return data
 
 
-def _streams_in(g: StaticContext, value: Value) -> ValueInfoProto:
-    tensor = g.declare(f"{STREAMS}.in", TensorProto.FLOAT, value.type.concrete({}))
-    g.values[value] = tensor
+def _from_before(
+    g: StaticContext, name: str, value: Value, made: Mapping[str, ValueInfoProto]
+) -> ValueInfoProto:
+    """An input that an earlier stage gave as its output `name`; of entries their new rows."""
+    g.where, type_ = name, made[name].type.tensor_type
+    tensor = g.declare(f"{name}.in", type_.elem_type, [d.dim_value for d in type_.shape.dim])
+    integers = value.type.dtype is DType.I32
+    state = extended_state(value)
+    new = g.cast_index(tensor) if integers else tensor
+    g.values[value] = Entries(V(g.values[state]), new) if state is not None else new  # type: ignore[arg-type]
     return g.info(tensor, tensor)
 
 

@@ -80,10 +80,13 @@ class Graph:
         ones = weight or self.op("Expand", 1.0, [width])  # times 1 is exact
         return self.op("RMSNormalization", x, ones, axis=-1, epsilon=eps)
 
-    def rotate(self, x: V, cos: V, sin: V, width: int, heads: int | None) -> V:
-        """x [B,N,H,R] or, without heads, [B,N,R]: neighbouring channels turned by the angles [B,N,R/2]."""
+    def rotate(self, x: V, cos: V, sin: V, width: int, heads: int | None, halves: bool = False) -> V:
+        """x [B,N,H,R] or, without heads, [B,N,R]: pairs of channels turned by the angles [B,N,R/2].
+
+        Neighbouring channels are a pair or, with `halves`, channels i and i + R/2.
+        """
         flat = x if heads is None else self.reshape(x, 0, 0, heads * width)
-        turned = self.op("RotaryEmbedding", flat, cos, sin, interleaved=1, num_heads=heads or 1)
+        turned = self.op("RotaryEmbedding", flat, cos, sin, interleaved=int(not halves), num_heads=heads or 1)
         return turned if heads is None else self.reshape(turned, 0, 0, heads, width)
 
     def dim(self, x: V, axis: int) -> V:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy.typing as npt
 from onnx import TensorProto
 
 from dsv4c.errors import TargetError
@@ -47,6 +49,10 @@ class Context(Graph):
         """[B,T,C]: `body` over blocks of tokens, as `blocks.over_token_blocks` does it."""
         kind = self.index if integers else TensorProto.FLOAT
         return over_token_blocks(self, tokens, per_token, cap, body, kind)
+
+    def known(self, x: V) -> npt.NDArray[Any] | None:
+        """The number or numbers behind a tensor, where sizes fold; here none do."""
+        return None
 
     def tensor(self, op: Op, index: int) -> V:
         """Operand `index` as a tensor."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dsv4c.ir.graph import Op
 
-from .core import swiglu
+from .core import limited_swiglu
 from .lowering import Context, V, integer, number, size
 from .state import column
 
@@ -15,8 +15,15 @@ def sqrt_softplus(g: Context, op: Op) -> V:
 
 
 def route_topk(g: Context, op: Op) -> V:
-    """scores [B,T,E], bias [E] -> INT64 [B,T,k]; TopK gives ties to the lower index."""
-    return g.top_k(g.op("Add", *g.tensors(op, 2)), integer(op, "k"))[1]
+    """scores [B,T,E], bias [E], tokens? [B,T], image_bias? [E] -> INT64 [B,T,k].
+
+    TopK gives ties to the lower index.
+    """
+    scores, bias = g.tensors(op, 2)
+    if len(op.operands) > 2:
+        is_image = g.op("Equal", g.tensor(op, 2), integer(op, "image_token"))
+        bias = g.op("Where", g.op("Unsqueeze", is_image, [2]), g.tensor(op, 3), bias)
+    return g.top_k(g.op("Add", scores, bias), integer(op, "k"))[1]
 
 
 def route_hash(g: Context, op: Op) -> V:
@@ -51,7 +58,7 @@ def expert_mlp(g: Context, op: Op) -> V:
         tokens = g.op("Div", routes, chosen)
         both = g.matmul_t(g.op("Gather", rows, tokens, axis=0), g.op("Gather", w13, expert, axis=0))
         gate, up = g.multi("Split", 2, both, [inner, inner], axis=-1)
-        hidden = swiglu(g, gate, up, number(op, "limit"))
+        hidden = limited_swiglu(g, gate, up, number(op, "limit"))
         hidden = g.op("Mul", hidden, g.op("Gather", route_weight, routes, axis=0))
         y = g.matmul_t(hidden, g.op("Gather", w2, expert, axis=0))
         return g.op("ScatterND", total, g.op("Unsqueeze", tokens, [1]), y, reduction="add"), None

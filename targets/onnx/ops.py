@@ -7,9 +7,18 @@ OPS = frozenset({
     "split_heads", "add", "scale", "gather_rows", "clamped_swiglu", "positions", "entry_positions",
     "advance", "ring_write", "entries_append", "rope_angles", "rotary", "position_bias", "compress",
     "index_select", "attention", "hc_mix", "hc_collapse", "hc_expand", "hc_head_mix", "sqrt_softplus",
-    "route_topk", "route_hash", "route_weights", "expert_mlp",
+    "route_topk", "route_hash", "route_weights", "expert_mlp", "index_candidates", "merge_images",
+    "engram_gate", "compress_tokens", "ngram_rows", "ngram_history", "engram_rows",
 })  # fmt: skip
-"""Experts are grouped and index scores are never kept."""
+"""Experts are grouped and index scores are never kept. The last four are those of the host."""
+
+HOST_OPS = frozenset({"compress_tokens", "ngram_rows", "ngram_history", "engram_rows"})
+"""What the host computes in front of a program, see `host`."""
+
+VISION = frozenset({
+    "merge_heads", "add_bias", "swiglu", "grid_angles", "full_attention", "gelu", "gather_cells", "image_span",
+})  # fmt: skip
+"""What an image encoder is made of besides, of any size only."""
 
 ROUNDED = frozenset({"round_values"})
 """What numerics with rounding points bring with them."""
@@ -34,9 +43,9 @@ MX = (
     'requantise{experts="mxfp4", shared="mxfp8", linears="mxfp8", compressor="", embedding="", head="",'
     ' plain_only=true},quantise_activations{rule="mxfp8"},default,with(narrow_weights{storage="fp8"})'
 )
-"""Numerics of the released checkpoints: FP8 and FP4 codes stay what they are, matrices that are numbers become
-MXFP8 and MXFP4, and inputs are rounded to MXFP8. Compressors and the head, which are released in BF16, stay
-numbers."""
+"""Numerics of the released checkpoints: FP8 and FP4 codes stay what they are, matrices that are numbers
+become MXFP8 and MXFP4, and inputs are rounded to MXFP8. Compressors and the head, which are released in BF16,
+stay numbers."""
 
 HALF = (
     'requantise{experts="fp16", shared="fp16", linears="fp16", compressor="fp16", embedding="", head="fp16"}'

@@ -279,7 +279,9 @@ class StaticContext(Context):
         y = self.op("Mul", x, self.op("Div", 1.0, self.op("Sqrt", self.op("Add", mean, eps))))
         return self.op("Mul", y, weight) if weight else y
 
-    def rotate(self, x: V, cos: V, sin: V, width: int, heads: int | None) -> V:
+    def rotate(self, x: V, cos: V, sin: V, width: int, heads: int | None, halves: bool = False) -> V:
+        if halves:
+            raise TargetError("rotary of halves has no form of fixed shapes", where=self.where, allowed="pairs")
         sizes, r, heads = self.shape_of(x), width, heads or 1
         b, n = sizes[:2]
         if "rotary" in self.dialect.vendor:

@@ -44,7 +44,11 @@ def grouped_linear(g: Context, op: Op) -> V:
 
 
 def half_of(g: StaticContext, op: Op) -> V | None:
-    """The input of a product as FLOAT16, where both factors and the result are rounded to that."""
+    """The input of a product as FLOAT16, where both factors and the result are rounded to that.
+
+    A reshape stands between a product and the casts around it: ONNX Runtime drops casts to FLOAT16 and back
+    that touch a single such node, and with them the rounding.
+    """
     half = g.halves.get(g.tensor(op, 0))
     if half is None or g.element_of(half) != TensorProto.FLOAT16 or not g.is_half(op, 1):
         return None

@@ -14,7 +14,7 @@ from dsv4c.errors import TargetError
 from dsv4c.ir.graph import Op
 
 from . import static_codes
-from .core import swiglu
+from .core import limited_swiglu
 from .lowering import Context, V, number, size
 from .static import StaticContext
 from .static_rounding import e4m3
@@ -27,41 +27,47 @@ def expert_mlp(g: Context, op: Op) -> V:
     """x [B,T,d], ids [B,T,k], weights [B,T,k], n_valid [B], w13 [E,2I,d], w2 [E,d,I] -> [B,T,d].
 
     Numbers and INT8 codes of w2 are stored [E,I,d], codes in blocks as they were. Padding passes through like
-    any token: its rows are its own. With rounding = "fp16" products are of FLOAT16, one for each expert.
+    any token: its rows are its own. With rounding = "fp16" products are of FLOAT16, one for each expert, with
+    a reshape between them and casts; see `static_linear.half_of`.
 
     Raises:
-        TargetError: rounding = "fp16" over weights that are not FLOAT16.
+        TargetError: rounding = "fp16" over weights or rows that are not FP16 numbers.
     """
     assert isinstance(g, StaticContext)
-    if op.attrs["rounding"] == "fp16" and not (g.is_half(op, 4) and g.is_half(op, 5)):
+    halves = g.is_half(op, 4) and g.is_half(op, 5) and g.tensor(op, 0) in g.halves
+    if op.attrs["rounding"] == "fp16" and not halves:
         raise TargetError(
-            'expert_mlp with rounding = "fp16" over other weights', where=op.loc, allowed="weights in FP16",
-            hint='requantise{experts="fp16"} and narrow_weights{storage="fp16"}',
+            'expert_mlp with rounding = "fp16" over other numbers', where=op.loc,
+            allowed="weights in FP16, rows rounded to FP16",
+            hint='requantise, quantise_activations, narrow_weights with experts, rule and storage of fp16',
         )  # fmt: skip
     routes = size(op, 1, 0) * size(op, 1, 1) * size(op, 1, 2)
     body = _gathered if GATHER_COST * routes <= size(op, 4, 0) else _dense
     return g.op("Reshape", body(g, op), list(g.shape_of(g.tensor(op, 0))))
 
 
-def _factor(g: StaticContext, op: Op, x: V) -> V:
+def _rows(g: StaticContext, op: Op) -> V:
     """x as products take it: FLOAT16 under that rounding."""
-    if op.attrs["rounding"] != "fp16":
-        return x
-    return g.halves.get(x) or g.op("Cast", x, to=TensorProto.FLOAT16)
+    x = g.tensor(op, 0)
+    return g.halves[x] if op.attrs["rounding"] == "fp16" else x
 
 
-def _product(g: StaticContext, op: Op, a: V, b: V) -> V:
-    """a b as FLOAT."""
-    y = g.op("MatMul", a, b)
+def _whole(g: StaticContext, op: Op, y: V, *shape: int) -> V:
+    """A product under another shape, as FLOAT."""
+    y = g.op("Reshape", y, list(shape))
     return y if op.attrs["rounding"] != "fp16" else g.op("Cast", y, to=TensorProto.FLOAT)
 
 
-def _hidden(g: StaticContext, op: Op, gate: V, up: V, share: V) -> V:
-    """What enters w2, rounded as the op says."""
-    hidden = g.op("Mul", swiglu(g, gate, up, number(op, "limit")), share)
+def _hidden(g: StaticContext, op: Op, both: V, share: V, *shape: int) -> V:
+    """What enters w2 from products [...,2I] and routing weights [...,1], as the op rounds it, in a shape."""
+    inner = size(op, 5, 2)
+    gate, up = g.multi("Split", 2, both, [inner, inner], axis=-1)
+    hidden = g.op("Mul", limited_swiglu(g, gate, up, number(op, "limit")), share)
     if op.attrs["rounding"] == "mxfp8":
-        return e4m3(g, hidden, 32)
-    return _factor(g, op, hidden)
+        hidden = e4m3(g, hidden, 32)
+    elif op.attrs["rounding"] == "fp16":
+        hidden = g.op("Cast", hidden, to=TensorProto.FLOAT16)
+    return g.op("Reshape", hidden, list(shape))
 
 
 def _by_row(g: StaticContext, op: Op, index: int) -> bool:
@@ -80,26 +86,25 @@ def _in_blocks(g: StaticContext, op: Op, index: int) -> bool:
 
 def _gathered(g: StaticContext, op: Op) -> V:
     """[N,d]: per route a product with the matrices of its expert."""
-    x, ids, weights = (g.tensor(op, i) for i in (0, 1, 2))
+    ids, weights = (g.tensor(op, i) for i in (1, 2))
     tokens, width, chosen = size(op, 0, 0) * size(op, 0, 1), size(op, 0, 2), size(op, 1, 2)
     inner, routes = size(op, 5, 2), tokens * chosen
     flat = g.op("Reshape", ids, [routes])
-    rows = g.op("Reshape", _factor(g, op, x), [tokens, 1, width, 1])
+    rows = g.op("Reshape", _rows(g, op), [tokens, 1, width, 1])
     rows = g.op("Reshape", g.op("Expand", rows, [tokens, chosen, width, 1]), [routes, width, 1])
-    both = _product(g, op, _of_routes(g, op, 4, flat), rows)
+    both = g.op("MatMul", _of_routes(g, op, 4, flat), rows)
     if _by_row(g, op, 4):
         both = g.op("Mul", both, g.op("Gather", g.scales(op, 4), flat, axis=0))
-    gate, up = g.multi("Split", 2, g.op("Reshape", both, [routes, 1, 2 * inner]), [inner, inner], axis=-1)
-    hidden = _hidden(g, op, gate, up, g.op("Reshape", weights, [routes, 1, 1]))
+    both, share = _whole(g, op, both, routes, 2 * inner), g.op("Reshape", weights, [routes, 1])
     down = _of_routes(g, op, 5, flat)
     if _in_blocks(g, op, 5):
-        y = _product(g, op, down, g.op("Reshape", hidden, [routes, inner, 1]))
+        y = g.op("MatMul", down, _hidden(g, op, both, share, routes, inner, 1))
     else:
-        y = _product(g, op, hidden, down)
+        y = g.op("MatMul", _hidden(g, op, both, share, routes, 1, inner), down)
     if _by_row(g, op, 5):
         scales = g.scales(op, 5, size(op, 4, 0), 1, width)
         y = g.op("Mul", y, g.op("Gather", scales, flat, axis=0))
-    return g.op("ReduceSum", g.op("Reshape", y, [tokens, chosen, width]), [1], keepdims=0)
+    return g.op("ReduceSum", _whole(g, op, y, tokens, chosen, width), [1], keepdims=0)
 
 
 def _of_routes(g: StaticContext, op: Op, index: int, experts: V) -> V:
@@ -127,7 +132,7 @@ def _dense(g: StaticContext, op: Op) -> V:
     """
     experts, inner, width = size(op, 4, 0), size(op, 5, 2), size(op, 0, 2)
     tokens, half = size(op, 0, 0) * size(op, 0, 1), op.attrs["rounding"] == "fp16"
-    rows, share = g.op("Reshape", _factor(g, op, g.tensor(op, 0)), [tokens, width]), _shares(g, op)
+    rows, share = g.op("Reshape", _rows(g, op), [tokens, width]), _shares(g, op)
     each = tokens * (2 * inner + width) if half else 2 * inner * width
     packed = half or any(g.scheme(op, i) is not None for i in (4, 5))
     step = max(1, min(experts, g.dialect.held // each)) if packed else experts
@@ -136,17 +141,17 @@ def _dense(g: StaticContext, op: Op) -> V:
         last = min(first + step, experts)
         count = last - first
         both = g.matmul_t(rows, _some(g, op, 4, first, last))
-        both = g.op("Cast", both, to=TensorProto.FLOAT) if half else both
-        by_expert = g.op("Reshape", both, [tokens, count, 2 * inner])
-        gate, up = g.multi("Split", 2, by_expert, [inner, inner], axis=-1)
+        both = _whole(g, op, both, tokens, count, 2 * inner)
         own = g.op("Reshape", g.op("Slice", share, [first], [last], [1]), [tokens, count, 1])
-        hidden, down = _hidden(g, op, gate, up, own), _some(g, op, 5, first, last)
+        down = _some(g, op, 5, first, last)
         if half:
-            down = g.op("Reshape", down, [count, inner, width])
-            apart = _product(g, op, g.op("Transpose", hidden, perm=[1, 0, 2]), down)
-            y = g.op("ReduceSum", apart, [0], keepdims=0)
+            both, own = (g.op("Transpose", x, perm=[1, 0, 2]) for x in (both, own))
+            both, own = (g.op("Reshape", x, [count * tokens, -1]) for x in (both, own))
+            hidden = _hidden(g, op, both, own, count, tokens, inner)
+            apart = g.op("MatMul", hidden, g.op("Reshape", down, [count, inner, width]))
+            y = g.op("ReduceSum", _whole(g, op, apart, count, tokens * width), [0], keepdims=0)
         else:
-            y = g.op("MatMul", g.op("Reshape", hidden, [tokens, count * inner]), down)
+            y = g.op("MatMul", _hidden(g, op, both, own, tokens, count * inner), down)
         total = y if total is None else g.op("Add", total, y)
     assert total is not None
     return total

@@ -60,6 +60,7 @@ def narrowed(g: StaticContext, x: V, element: int) -> V:
 
 def e4m3(g: StaticContext, x: V, block: int) -> V:
     """x [...,K] in blocks of `block` values (0: of all), a last shorter one by itself; rule 3.2."""
+    g.dialect.check_type(TensorProto.FLOAT8E4M3FN, len(g.shape_of(x)), "rounding to E4M3", g.where)
     width = g.shape_of(x)[-1]
     block = min(block or width, width)
     whole = width - width % block

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 from tvm import relax
 
-from dsv4c.errors import TargetError
 from dsv4c.ir import weights as w
 from dsv4c.ir.graph import Op
 
@@ -82,13 +81,12 @@ def swiglu(c: Context, op: Op) -> None:
 
 
 def index_scores(c: Context, op: Op) -> None:
-    if op.attrs["rounding"] != "none":
-        raise TargetError("rounded index scores have no kernel", where=op.loc, hint="run fuse_index_select")
-    c.lower(op, unfused.index_scores, *ints(op.operands[0]), op.attrs["ratio"])
+    rounded = op.attrs["rounding"] != "none"
+    c.lower(op, unfused.index_scores, *ints(op.operands[0]), op.attrs["ratio"], rounded)
 
 
 def index_topk(c: Context, op: Op) -> None:
-    c.lower(op, unfused.index_topk, op.attrs["k"])
+    c.lower(op, unfused.index_topk, op.attrs["k"], op.attrs["ascending"])
 
 
 FUSED_LOWERINGS: dict[str, Callable[[Context, Op], None]] = {

@@ -9,10 +9,11 @@ from tvm import relax
 
 from dsv4c.ir import weights as w
 from dsv4c.ir.graph import Op, Value
+from dsv4c.ir.types import f32
 from dsv4c.ir.weights import WeightExpr
 
 from .context import Context, ints, is_bf16
-from .kernels import attend, dense, rounded_attention, rounding
+from .kernels import attend, dense, rounded_attention, rounding, unfused
 from .kernels.vec import LANES
 
 
@@ -44,8 +45,18 @@ def attention_in_blocks(c: Context, op: Op, shape: attend.AttentionShape, args: 
 
 
 def index_select_in_order(c: Context, op: Op) -> None:
-    key = *ints(op.operands[0]), op.attrs["ratio"], op.attrs["k"]
-    c.lower(op, rounded_attention.index_select_in_order, *key)
+    """Among blocks every score is kept between kernels of its own."""
+    shape, k, ascending = (*ints(op.operands[0]), op.attrs["ratio"]), op.attrs["k"], op.attrs["ascending"]
+    if len(op.operands) == 5:
+        c.lower(op, rounded_attention.index_select_in_order, *shape, k, ascending)
+        return
+    q, _, keys, _, _, blocks = op.operands
+    scores = c.tensor(f32(*q.type.shape[:2], keys.type.shape[1]))
+    args = [c.values[v] for v in op.operands]
+    found = c.call(c.kernel(unfused.index_scores, *shape, True), args[:5], scores)
+    restrict = c.kernel(unfused.index_restrict, op.attrs["size"], *ints(blocks))
+    found = c.call(restrict, [*found, args[5]], scores)
+    c.lower(op, unfused.index_topk, k, ascending, args=found)
 
 
 def rounded_expert_mlp(c: Context, op: Op) -> None:
@@ -68,7 +79,7 @@ def rounded_expert_mlp(c: Context, op: Op) -> None:
     gated = c.kernel(rounding.expert_gated, experts, inner, topk, op.attrs["limit"])
     (hidden,) = c.call(gated, [both, c.values[weights], order, starts], rows(inner))
     if op.attrs["rounding"] == "e4m3":
-        quantise = c.kernel(rounding.round_blocks, None, inner, "e4m3", 128, inner)
+        quantise = c.kernel(rounding.round_blocks, None, inner, "e4m3", op.attrs["block"] or inner, inner)
         (hidden,) = c.call(quantise, [hidden], rows(inner))
     product = c.kernel(rounding.expert_product, experts, inner, d, topk, is_bf16(w2), False)
     (outputs,) = c.call(product, [hidden, order, starts, c.weight(w2, _panels)], rows(d))

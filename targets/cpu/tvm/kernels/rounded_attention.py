@@ -123,8 +123,10 @@ def attention_in_blocks(a: AttentionShape):
     return func
 
 
-def index_select_in_order(heads: int, d: int, ratio: int, k: int):
-    """As `select.index_select`, with scores in BF16: ids by descending score, ties to the lower, then -1."""
+def index_select_in_order(heads: int, d: int, ratio: int, k: int, ascending: bool):
+    """As `select.index_select`, with scores in BF16: ids by descending score, ties to the lower, or
+    `ascending`, then -1.
+    """
 
     @T.prim_func(s_tir=True)
     def func(q: T.handle, w: T.handle, ks: T.handle, p: T.handle, v: T.handle, y: T.handle):
@@ -163,5 +165,11 @@ def index_select_in_order(heads: int, d: int, ratio: int, k: int):
                             n[1] = j
                     Y[b, t, i] = n[1]
                     score[n[1]] = T.float32(float("-inf"))
+                if ascending:
+                    n[1] = 0
+                    for j in T.serial(n[0]):
+                        if score[j] < T.min_value("float32"):  # taken
+                            Y[b, t, n[1]] = j
+                            n[1] = n[1] + 1
 
     return func

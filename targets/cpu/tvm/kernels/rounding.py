@@ -1,8 +1,8 @@
-"""Kernels of the reference's numerics: rounding to BF16, E4M3, E2M1, INT8; Hadamard, norm, experts.
+"""Kernels of the reference's numerics: rounding to BF16, codes of 8 and 4 bits; Hadamard, norm, experts.
 
 Written to be right and not to be fast: `numerics=reference` is for comparing with the published code. BF16
-values are held as float32. Rounding is by bits or by the machine's round-to-nearest-even; scales of E4M3 and
-E2M1 are powers of two, so dividing by them is exact.
+values are held as float32. Rounding is by bits or by the machine's round-to-nearest-even. Scales are powers
+of two, so dividing by them is exact, or E4M3 numbers; code times scale is a BF16 number under both.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, valid-type, misc"
@@ -12,7 +12,10 @@ from tvm.script import tirx as T
 
 from .vec import LANES, load_weight, ramp, shape, sigmoid, splat, weight_dtype, zeros
 
-LIMITS = {"e4m3": (448.0, 0x3B124925, 1e-4, 3, -6), "e2m1": (6.0, 0x3E2AAAAB, 6 * 2.0**-126, 1, 0)}
+LIMITS = {
+    "e4m3": (448.0, 0x3B124925, 1e-4, 3, -6), "e2m1": (6.0, 0x3E2AAAAB, 6 * 2.0**-126, 1, 0),
+    "e2m1_e4m3": (6.0, 0, 6 * 2.0**-9, 1, 0),
+}  # fmt: skip
 """By rule: largest code, bits of its FP32 reciprocal, least amax, mantissa bits, least exponent."""
 
 
@@ -32,11 +35,21 @@ def power_of_two(y):
     return T.reinterpret("float32", T.bitwise_and(u, T.uint32(0x7F800000)) + up)
 
 
+def nearest(v, mantissa: int, least: int):
+    """v to `mantissa` bits after the leading one, exponents from `least` up; ties to even."""
+    exponent = T.bitwise_and(T.reinterpret("uint32", v), T.uint32(0x7F800000))
+    bits = T.max(exponent, T.uint32((127 + least) << 23)) - T.uint32(mantissa << 23)
+    step = T.reinterpret("float32", bits)
+    return T.nearbyint(v / step) * step
+
+
 def block_scale(amax, rule: str):
     """The scale of a block by its largest magnitude."""
     if rule == "int8":
         return amax / T.float32(127)
     _, reciprocal, least, _, _ = LIMITS[rule]
+    if rule == "e2m1_e4m3":
+        return nearest(T.min(T.max(amax, T.float32(least)) / T.float32(6), T.float32(448)), 3, -6)
     return power_of_two(T.max(amax, T.float32(least)) * T.reinterpret("float32", T.uint32(reciprocal)))
 
 
@@ -46,10 +59,7 @@ def code_value(x, scale, rule: str):
         return T.nearbyint(x / T.if_then_else(scale == T.float32(0), T.float32(1), scale)) * scale
     limit, _, _, mantissa, least = LIMITS[rule]
     v = T.max(T.min(x / scale, T.float32(limit)), T.float32(-limit))
-    exponent = T.bitwise_and(T.reinterpret("uint32", v), T.uint32(0x7F800000))
-    bits = T.max(exponent, T.uint32((127 + least) << 23)) - T.uint32(mantissa << 23)
-    step = T.reinterpret("float32", bits)
-    return T.nearbyint(v / step) * step * scale
+    return nearest(v, mantissa, least) * scale
 
 
 def round_bf16(heads: int | None, d: int, channels: int):

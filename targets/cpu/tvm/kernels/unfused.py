@@ -7,6 +7,7 @@ from math import isinf
 
 from tvm.script import tirx as T
 
+from .rounding import bf16
 from .vec import sigmoid
 
 
@@ -47,8 +48,14 @@ def swiglu(width: int):
     return func
 
 
-def index_scores(heads: int, d: int, ratio: int):
-    """q [B,S,H,d], weights [B,S,H], keys [B,cap,d], pos, n_valid -> [B,S,cap]; -inf where not visible."""
+def index_scores(heads: int, d: int, ratio: int, rounded: bool = False):
+    """q [B,S,H,d], weights [B,S,H], keys [B,cap,d], pos, n_valid -> [B,S,cap]; -inf where not visible.
+
+    `rounded` takes dot products, weighted products and their sum to BF16.
+    """
+
+    def narrow(x):
+        return bf16(x) if rounded else x
 
     @T.prim_func(s_tir=True)
     def func(q: T.handle, w: T.handle, k: T.handle, p: T.handle, v: T.handle, y: T.handle):
@@ -75,14 +82,14 @@ def index_scores(heads: int, d: int, ratio: int):
                         dot[0] = T.float32(0)
                         for j in T.serial(d):
                             dot[0] = dot[0] + Q[b, t, h, j] * K[b, c, j]
-                        dot[1] = dot[1] + T.max(dot[0], T.float32(0)) * W[b, t, h]
-                    Y[b, t, c] = dot[1]
+                        dot[1] = dot[1] + narrow(T.max(narrow(dot[0]), T.float32(0)) * W[b, t, h])
+                    Y[b, t, c] = narrow(dot[1])
 
     return func
 
 
-def index_topk(k: int):
-    """scores [B,S,cap] -> ids [B,S,k] i32 of the highest finite ones, best first, then -1.
+def index_topk(k: int, ascending: bool = False):
+    """scores [B,S,cap] -> ids [B,S,k] i32 of the highest finite ones, best first or `ascending`, then -1.
 
     Ties go to the lower id. By insertion into the k best so far.
     """
@@ -100,7 +107,7 @@ def index_topk(k: int):
             t = T.meta_var(m % S)
             best = T.alloc_buffer((k + 1,), "float32")
             ids = T.alloc_buffer((k + 1,), "int32")
-            at = T.alloc_buffer((2,), "int32")
+            at = T.alloc_buffer((3,), "int32")
             at[0] = 0  # how many are kept
             for c in T.serial(C):
                 if X[b, t, c] >= T.min_value("float32"):
@@ -114,6 +121,13 @@ def index_topk(k: int):
                     at[0] = T.min(at[0] + 1, T.int32(k))
             for i in T.serial(k):
                 Y[b, t, i] = T.if_then_else(i < at[0], ids[i], -1)
+            if ascending:
+                for i in T.serial(at[0]):
+                    at[2] = 0  # how many ids are lower
+                    for j in T.serial(at[0]):
+                        if ids[j] < ids[i]:
+                            at[2] = at[2] + 1
+                    Y[b, t, at[2]] = ids[i]
 
     return func
 
@@ -121,7 +135,8 @@ def index_topk(k: int):
 def candidate_blocks(ratio: int, size: int, count: int):
     """scores [B,S,cap], pos, n_valid -> ids [B,S,count] i32 of the best blocks, ascending, then -1.
 
-    A block is kept when fewer than `count` others are better, or as good with a lower id; the newest always.
+    A block is kept when fewer than `count` others are better, or as good with a lower id; the newest always,
+    and none whose scores are all -inf.
     """
 
     @T.prim_func(s_tir=True)
@@ -156,7 +171,7 @@ def candidate_blocks(ratio: int, size: int, count: int):
                     for i in T.serial(n[1]):
                         if best[i] > best[j] or (best[i] == best[j] and i < j):
                             n[2] = n[2] + 1
-                    if n[2] < count:
+                    if n[2] < count and best[j] >= T.min_value("float32"):
                         Y[b, t, n[3]] = j
                         n[3] = n[3] + 1
 

@@ -1,0 +1,94 @@
+"""What executes the steps of an artifact: one backend per format, chosen after checking the machine."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dsv4c.errors import ArtifactError, ToolchainError, UsageError
+
+from .container import Artifact
+from .engram.options import TableOptions
+from .images.rows import ImageRows
+from .undo import Undo
+
+Logits = npt.NDArray[np.float32]
+
+
+class Backend(Protocol):
+    """What executes a step; one class per artifact format. With `undo`, a step may fail in its middle."""
+
+    undo: Undo | None
+
+    def step(
+        self,
+        tokens: npt.NDArray[np.int32],
+        n_valid: npt.NDArray[np.int32],
+        rows: npt.NDArray[np.int32],
+        state: dict[str, npt.NDArray[Any]],
+        images: ImageRows | None = None,
+    ) -> Logits: ...
+
+    def call_part(self, part: str, inputs: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Results by name of another program of the artifact, one of meta["parts"]."""
+        ...
+
+
+def dimension(text: str, sizes: dict[str, int]) -> int:
+    """A state dimension from the manifest: a number, a symbol, or `symbol//number`."""
+    symbol, _, divisor = text.partition("//")
+    value = sizes[symbol] if symbol in sizes else int(symbol)
+    return value // int(divisor) if divisor else value
+
+
+def load_backend(artifact: Artifact, threads: int | None, tables: TableOptions | None = None) -> Backend:
+    """The backend of an artifact's format, after checking that this machine can run it."""
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads = {threads}", where="Session", allowed="1 or more")
+    _check_machine(artifact)
+    if "static" in artifact.meta.get("onnx", {}):
+        from .static_backend import StaticBackend
+
+        return StaticBackend(artifact, threads)
+    if artifact.meta["format"] == "onnx":
+        from .onnx_backend import OnnxBackend
+
+        return OnnxBackend(artifact, threads)
+    try:
+        from .tvm_backend import TvmBackend
+    except ImportError as error:
+        raise ToolchainError(f"{error}", hint="pip install apache-tvm-ffi") from error
+    return TvmBackend(artifact, threads, tables)
+
+
+def _check_machine(artifact: Artifact) -> None:
+    arch = artifact.meta["arch"]
+    if artifact.meta["format"] != "tvm":
+        return
+    if arch["machine"] != platform.machine():
+        raise ArtifactError(
+            f"compiled for {arch['machine']}, this machine is {platform.machine()}",
+            where=str(artifact.path),
+            hint="compile with --target cpu on this machine",
+        )
+    missing = sorted(set(arch["requires"]) - _cpu_flags()) if _cpu_flags() else []
+    if missing:
+        raise ArtifactError(
+            f"compiled for {arch['name']}, this CPU lacks {', '.join(missing)}",
+            where=str(artifact.path),
+            hint="compile with --target cpu:x86-64-v3 or cpu:x86-64-v2",
+        )
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    line = next((x for x in text.splitlines() if x.startswith(("flags", "Features"))), "")
+    return frozenset(line.partition(":")[2].split())
