@@ -31,6 +31,7 @@ from dsv4c.ir.meaning import Evaluator
 from dsv4c.ir.text import print_module
 from dsv4c.ir.verify import verify as verify_module
 from dsv4c.passes import Pass, PassRecord, known_passes, parse_pipeline, print_pipeline, run_pipeline
+from dsv4c.passes.allow_replay import START, encoder_part
 from dsv4c.passes.check import ResultCheck
 from dsv4c.runtime.container import ArtifactWriter
 from dsv4c.targets import Arch, Format, Target, known_devices, parse_target
@@ -174,6 +175,8 @@ def lower(
     for part in lowered.parts.values():  # what is done to a text model is none of their business
         run_pipeline(part, [p for p in choose_pipeline(form) if p.name != "plan_memory"])
         _finish(part, chosen, form)
+    if form.emits_parts and START in lowered.states:
+        lowered.parts["encoder"] = encoder_part(lowered)
     return Lowered(lowered, reference[0], model[0], pipeline, records)
 
 

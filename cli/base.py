@@ -86,6 +86,15 @@ def tables_of(args: argparse.Namespace) -> TableOptions:
     return TableOptions(args.tables, args.table_cache)
 
 
+def prefill_option(parser: argparse._ActionsContainer) -> None:
+    """Which layers see the whole prompt; see `dsv4c.runtime.replay`."""
+    parser.add_argument(
+        "--prefill", default="full", metavar="HOW",
+        help="full (default); replay: of DeepSeek-V4.1 the decoder layers over the end of the prompt, as many"
+        " tokens as give exact results; replay=N: over the last N tokens, approximate for few",
+    )  # fmt: skip
+
+
 def plugin_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plugin", action="append", default=[], metavar="FILE.py",

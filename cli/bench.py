@@ -14,9 +14,18 @@ import numpy.typing as npt
 
 from dsv4c.errors import UsageError
 from dsv4c.runtime import Artifact, Session
+from dsv4c.runtime.replay import exact_tokens, parse_prefill
 from dsv4c.runtime.session import DEFAULT_CHUNK
 
-from .base import Command, integer, json_option, table_options, tables_of, threads_option
+from .base import (
+    Command,
+    integer,
+    json_option,
+    prefill_option,
+    table_options,
+    tables_of,
+    threads_option,
+)
 from .progress import Bars
 from .show import as_json, rate, size, table
 
@@ -40,6 +49,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--chunk", type=integer(1), default=DEFAULT_CHUNK, metavar="N", help="prompt tokens per step"
     )
     threads_option(parser)
+    prefill_option(parser)
     table_options(parser)
     json_option(parser)
 
@@ -54,14 +64,17 @@ def _run(args: argparse.Namespace) -> int:
     image = session.model.get("vision", {}).get("placeholder", -1)
     ids[ids == image] = 0  # without an image its id means nothing
     prompt, rest = ids[:, : args.prompt_tokens], ids[:, args.prompt_tokens :]
-    _once(session, prompt[:, : args.chunk], rest[:, :1], args.chunk)  # the first step loads pages and plans
+    replay = parse_prefill(args.prefill, artifact)
+    _once(session, prompt[:, : args.chunk], rest[:, :1], args.chunk, replay)  # loads pages and plans
     runs = []
     with Bars() as bars:
         for done in range(args.repeat):
             bars("runs", done, args.repeat)
-            runs.append(_once(session, prompt, rest, args.chunk))
+            runs.append(_once(session, prompt, rest, args.chunk, replay))
         bars("runs", args.repeat, args.repeat)
     facts = _facts(args, session, load, runs)
+    if replay is not None:
+        facts["replay"] = _replay_error(session, prompt, rest, args.chunk, replay)
     print(as_json(facts) if args.json else _text(facts))
     return 0
 
@@ -76,11 +89,34 @@ def _context(artifact: Artifact, args: argparse.Namespace) -> int:
     return int(need)
 
 
-def _once(session: Session, prompt: Ids, rest: Ids, chunk: int) -> tuple[float, float]:
+def _replay_error(session: Session, prompt: Ids, rest: Ids, chunk: int, replay: int) -> dict[str, Any]:
+    """What leaving the decoder layers out of most of the prompt changes, at every token after it.
+
+    `kl` is the mean of KL(full || replay) in nats, `same_top` the share of tokens with the same best next.
+    """
+    logits = []
+    for how in (None, replay):
+        session.reset()
+        found = [session.prefill(prompt.tolist(), chunk, replay=how)]
+        found += [session.step(rest[:, column : column + 1])[:, 0] for column in range(rest.shape[1])]
+        logits.append(np.stack(found).astype(np.float64))
+    full, cut = (x - x.max(-1, keepdims=True) for x in logits)
+    full, cut = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (full, cut))
+    return {
+        "tokens": replay,
+        "exact_from": exact_tokens(session.artifact),
+        "kl": float((np.exp(full) * (full - cut)).sum(-1).mean()),
+        "same_top": float((full.argmax(-1) == cut.argmax(-1)).mean()),
+    }
+
+
+def _once(
+    session: Session, prompt: Ids, rest: Ids, chunk: int, replay: int | None = None
+) -> tuple[float, float]:
     """Seconds to read the prompt and to take the other tokens one by one, from a fresh state."""
     session.reset()
     started = time.perf_counter()
-    session.prefill(prompt.tolist(), chunk)
+    session.prefill(prompt.tolist(), chunk, replay=replay)
     middle = time.perf_counter()
     for column in range(rest.shape[1]):
         session.step(rest[:, column : column + 1])
@@ -134,7 +170,17 @@ def _text(facts: dict[str, Any]) -> str:
         f"{s['prompt_tokens']} + {s['decode_tokens']} tokens, batch {s['batch']}, {s['repeat']} runs"
     )
     speed = table(speeds, ("tokens/s", "median", "min", "max"), right=[1, 2, 3])
-    return "\n\n".join([head, speed, table(sizes, right=[1]), *_tables(facts["tables"])])
+    return "\n\n".join([head, speed, table(sizes, right=[1]), *_tables(facts["tables"]), *_replay(facts)])
+
+
+def _replay(facts: dict[str, Any]) -> list[str]:
+    if "replay" not in facts:
+        return []
+    r = facts["replay"]
+    return [
+        f"decoder layers over the last {r['tokens']} tokens (exact from {r['exact_from']}): KL {r['kl']:.3g},"
+        f" same top token {100 * r['same_top']:.1f} %"
+    ]
 
 
 def _tables(facts: dict[str, dict[str, Any]]) -> list[str]:

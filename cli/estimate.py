@@ -128,7 +128,7 @@ def _model(w: Workload) -> dict[str, Any]:
     meta = w.module.meta
     return {
         **{key: meta[key] for key in ("layers", "experts", "experts_per_token", "hidden_size")},
-        "weight_bytes": w.weight_bytes, "expert_bytes": experts,
+        "weight_bytes": w.weight_bytes, "expert_bytes": experts, "host_bytes": w.host,
     }  # fmt: skip
 
 
@@ -157,7 +157,8 @@ def _text(facts: dict[str, Any]) -> str:
     model, first, last = facts["model"], facts["estimates"][0], facts["estimates"][-1]
     head = (
         f"{facts['source']}: {facts['kind']}, {model['layers']} layers of {model['experts']} experts, "
-        f"weights {size(model['weight_bytes'])} ({size(model['expert_bytes'])} experts)\n"
+        f"weights {size(model['weight_bytes'])} ({size(model['expert_bytes'])} experts)"
+        + (f", and {size(model['host_bytes'])} of tables on the host" if model["host_bytes"] else "") + "\n"
         f"{first['devices']} x {facts['device']['name']}; "
         "an estimate from published figures, not a measurement"
     )

@@ -8,10 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsv4c.errors import ConfigError, UsageError
-from dsv4c.frontend.architecture import ModelConfig
+from dsv4c.frontend.architecture import Generation, ModelConfig
+from dsv4c.frontend.build import build_checkpoint
 from dsv4c.frontend.checkpoint import open_checkpoint
 from dsv4c.frontend.config import load_config, parse_config
+from dsv4c.frontend.engram import EngramWeights, engram_config
+from dsv4c.frontend.engram_layer import layer_weights
 from dsv4c.frontend.model import build_model
+from dsv4c.frontend.model_v41 import EngramParts, build_model_v41
 from dsv4c.frontend.safetensors import parse_json
 from dsv4c.frontend.table import SCALED, Role, TensorSpec, expected_tensors, published_dtype, scale_name
 from dsv4c.ir.dtypes import DType
@@ -34,11 +38,37 @@ def module_of(path: Path) -> tuple[Module, str]:
             "no such file or directory", where=str(path), allowed="a checkpoint directory or a config.json"
         )
     if path.is_dir() and (any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json"))):
-        checkpoint = open_checkpoint(path, scan=False)
-        return build_model(checkpoint.config, checkpoint.weight), "checkpoint"
+        return build_checkpoint(open_checkpoint(path, scan=False)), "checkpoint"
     config = load_config(path) if path.is_dir() else _config_file(path)
     specs = expected_tensors(config)
-    return build_model(config, lambda name: released(name, specs[name], config)), "config"
+
+    def weight(name: str) -> WeightExpr:
+        return released(name, specs[name], config)
+
+    if config.generation is Generation.V4:
+        return build_model(config, weight), "config"
+    return build_model_v41(config, weight, _engram(config, specs)), "config"
+
+
+def _engram(config: ModelConfig, specs: dict[str, TensorSpec]) -> EngramParts | None:
+    """The Engram layers of a configuration; which tokens are of one class is not known and costs nothing."""
+    if config.engram is None:
+        return None
+    engram = engram_config(config)
+
+    def stored(name: str) -> WeightExpr | None:
+        scale = name.endswith(".scale")
+        weight = name.removesuffix(".scale") + ".weight" if scale else name
+        dtype = published_dtype(weight, specs[weight], config)
+        if not scale:
+            return source(name, dtype, specs[weight].stored_shape(dtype))
+        tiles = specs[weight].scale_shape(dtype, config.weight_block_size)
+        return source(name, DType.F8E8M0, tiles) if dtype in SCALED else None
+
+    def weights(layer: int) -> EngramWeights:
+        return layer_weights(engram, stored, f"layers.{layer}.engram.", config.weight_block_size)
+
+    return EngramParts(engram, weights, source("engram.token_map", DType.I32, (config.vocab_size,)))
 
 
 def _config_file(path: Path) -> ModelConfig:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dsv4c.errors import UsageError
 from dsv4c.runtime import Artifact, SamplingParams, Session
 from dsv4c.runtime.images import encode_with_images
+from dsv4c.runtime.replay import describe, parse_prefill
 from dsv4c.runtime.session import DEFAULT_CHUNK
 
 from .base import (
@@ -22,6 +23,7 @@ from .base import (
     integer,
     json_option,
     number,
+    prefill_option,
     read_text,
     table_options,
     tables_of,
@@ -65,6 +67,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     session.add_argument("--load-session", metavar="F", help="continue a saved session with the prompt")
     session.add_argument("--save-session", metavar="F", help="save the session after the last token")
     threads_option(session)
+    prefill_option(session)
     table_options(session)
     parser.add_argument("--no-stream", action="store_true", help="print the text at the end, all at once")
     json_option(parser)
@@ -103,6 +106,7 @@ class _Result:
     ids: list[int] = field(default_factory=list)
     text: str = ""
     finish: str = "length"
+    layers: str = ""
     load: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
@@ -118,11 +122,13 @@ def _run(args: argparse.Namespace) -> int:
     session = _open(args)
     ids, printer = _prepare(args, session, prompt)
     feed = _Feed(ids) if not args.image else _Feed(*session.with_images(ids, args.image))
+    replay = parse_prefill(args.prefill, session.artifact)
     result = _Result(len(feed.ids), load=time.perf_counter() - started)
+    result.layers = describe(replay, session.artifact, result.prompt)
     live = not (args.json or args.no_stream)
     limit = _limit(args, session, len(feed.ids))
     emit = _write if live else lambda text: None
-    _generate(session, feed, limit, params, args.chunk, printer, result, emit)
+    _generate(session, feed, replay, limit, params, args.chunk, printer, result, emit)
     if args.save_session:
         _save(session, result.ids, args.save_session)
     if args.json:
@@ -198,15 +204,15 @@ def _limit(args: argparse.Namespace, session: Session, prompt: int) -> int:
 
 
 def _generate(
-    session: Session, feed: _Feed, limit: int, params: SamplingParams, chunk: int, printer: Printer,
-    result: _Result, emit: Callable[[str], None],
+    session: Session, feed: _Feed, replay: int | None, limit: int, params: SamplingParams, chunk: int,
+    printer: Printer, result: _Result, emit: Callable[[str], None],
 ) -> None:  # fmt: skip
     def show(text: str) -> None:
         result.text += text
         emit(text)
 
     started = time.perf_counter()
-    for (token,) in session.stream([feed.ids], limit, params, chunk, feed.images):
+    for (token,) in session.stream([feed.ids], limit, params, chunk, feed.images, replay):
         assert token is not None  # the only row: when it stops, so does the stream
         result.prefill = result.prefill or time.perf_counter() - started
         result.ids.append(token)
@@ -244,6 +250,7 @@ def _facts(
         "ids": result.ids,
         "text": None if args.ids else result.text,
         "finish": result.finish,
+        "prefill": result.layers,
         "seed": params.seed,
         "position": int(session.position.max()),
         "context": session.context,
@@ -261,6 +268,7 @@ def _rates(result: _Result, params: SamplingParams) -> str:
         f"{len(result.ids)} new tokens at {rate(len(result.ids) - 1, result.decode):.1f} tokens/s",
         f"loaded in {result.load:.2f} s",
     ]
+    parts += [result.layers] if result.layers.startswith("decoder") else []
     return ", ".join(parts + ([f"seed {params.seed}"] if params.temperature else []))
 
 

@@ -191,6 +191,19 @@ def _flat(raw: dict[str, object], where: str) -> _Parts:
     return _Parts(keys, keys, keys, tower if vision.get("num_hidden_layers") else None)
 
 
+def edit_text(raw: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, object]:
+    """A copy of a V4.1 configuration in which keys of the text part have other values.
+
+    Args:
+        changes: by published names; in the flat form they are written as that spells them.
+    """
+    text = raw.get("text_config")
+    if isinstance(text, dict):
+        return {**raw, "text_config": {**text, **changes}}
+    spelt = {new: old for old, new in _FLAT.items()} if is_flat(raw) else {}
+    return {**raw, **{spelt.get(key, key): value for key, value in changes.items()}}
+
+
 def _scaled_positions(file: Keys) -> int:
     return int(file.integer("original_seq_len") * file.number("rope_factor", at_least=1.0))
 

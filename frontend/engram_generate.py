@@ -23,7 +23,7 @@ from .engram import EngramConfig, Variant
 from .engram_layer import TILE, config_json, mod_token_map
 from .safetensors import SINGLE
 from .stored import StoredTensor, write_safetensors
-from .token_map import FILE, TENSOR
+from .token_map import write_token_map
 
 _PAD_TOKEN = 2
 _BAND = 1 << 22  # numbers generated at a time
@@ -64,9 +64,7 @@ def generate_engram_layer(
     plan = _Plan(config, layer, seed, table)
     write_safetensors(root / SINGLE, list(plan.tensors()))
     if config.variant is not Variant.TK:
-        map_ = mod_token_map(config.vocab, config.compressed_vocab).astype(np.int64)
-        tensor = StoredTensor(TENSOR, DType.I64, map_.shape, lambda: iter([map_]))
-        write_safetensors(root / FILE, [tensor])
+        write_token_map(root, mod_token_map(config.vocab, config.compressed_vocab))
     temporary = root / "config.json.part"
     temporary.write_text(config_json(config, layer, _PAD_TOKEN), encoding="utf-8")
     temporary.replace(root / "config.json")

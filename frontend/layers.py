@@ -214,8 +214,9 @@ def model_meta(c: ModelConfig) -> dict[str, object]:
             "min_pixels": v.min_pixels, "max_wh_ratio": v.max_wh_ratio, "placeholder": v.image_token,
         }
     }  # fmt: skip
+    halves = {} if c.shared is None else {"encoder_layers": max(c.shared.kv_sources)}
     return {
-        **images, "generation": c.generation.value,
+        **images, **halves, "generation": c.generation.value,
         "max_positions": c.max_position_embeddings, "vocab_size": c.vocab_size, "bos": c.bos_token_id,
         "eos": list(c.eos_token_ids), "layers": c.num_hidden_layers, "experts": c.n_routed_experts,
         "experts_per_token": c.experts_per_token, "hidden_size": c.hidden_size,

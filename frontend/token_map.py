@@ -14,10 +14,11 @@ import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, normalizers
 
 from dsv4c.errors import CheckpointError
-from dsv4c.ir.dtypes import Array
+from dsv4c.ir.dtypes import Array, DType
 from dsv4c.ir.weights import TensorStore
 
 from .safetensors import TensorFiles, read_header
+from .stored import StoredTensor, write_safetensors
 
 FILE = "engram_token_map.safetensors"
 TENSOR = "map"
@@ -64,6 +65,13 @@ def _stored_map(file: Path) -> TokenMap:
     if not len(values) or values.min() < 0 or values.max() >= len(values):
         raise CheckpointError("a class is out of range", where=str(file), allowed=f"0..{len(values) - 1}")
     return values.astype(np.int32)
+
+
+def write_token_map(directory: str | Path, table: TokenMap) -> Path:
+    """Store a map [V] beside the weights of a checkpoint, where `read_token_map` finds it."""
+    file, values = Path(directory) / FILE, np.asarray(table, np.int64)
+    write_safetensors(file, [StoredTensor(TENSOR, DType.I64, values.shape, lambda: iter([values]))])
+    return file
 
 
 def token_map(tokenizer: bytes, where: str = "") -> TokenMap:

@@ -153,8 +153,11 @@ def _full_attention(op: Op, sizes: Sizes) -> Cost:
 def _index(op: Op, sizes: Sizes) -> Cost:
     b, t, heads, d = (_dim(x, sizes) for x in op.operands[0].type.shape)
     entries = (sizes.get("past", 0) + t) // int(op.attrs["ratio"])  # type: ignore[arg-type]
-    if len(op.operands) > 5:  # only the entries of some blocks are scored
-        entries = min(entries, _dim(op.operands[5].type.shape[2], sizes) * int(op.attrs["size"]))  # type: ignore[arg-type]
+    readers = op.result.users() if op.name == "index_scores" else []
+    restricts = readers[0] if len(readers) == 1 and readers[0].name == "index_restrict" else None
+    if len(op.operands) > 5 or restricts:  # only the entries of some blocks are scored
+        blocks, by = (restricts.operands[1], restricts) if restricts else (op.operands[5], op)
+        entries = min(entries, _dim(blocks.type.shape[2], sizes) * int(by.attrs["size"]))  # type: ignore[arg-type]
     return Cost(2 * b * t * heads * (d + 1) * entries, 0, 4 * b * (t * heads * d + entries * d))
 
 

@@ -160,7 +160,7 @@ def keeps_values(x: WeightExpr, scheme: Scheme) -> bool:
 def requantised(
     x: WeightExpr, scheme: q.Named, search: bool = False, importance: WeightExpr | None = None
 ) -> WeightExpr:
-    """`x` with every matrix below its stacks and joins stored in `scheme`, as f32 (plain types as themselves).
+    """`x` with every matrix below its stacks and joins stored in `scheme`, as f32 or the plain type.
 
     A matrix that is stored so already stays; one that `EXACT` can recode is recoded; any other is encoded.
 

@@ -113,7 +113,7 @@ class FuseIndexSelect(Pass):
             readers = {op.name: op for op in scores.result.users()}
             if "candidate_blocks" not in readers:
                 continue
-            if reason := _apart(module, scores, readers["candidate_blocks"]):
+            if reason := _apart(module, scores, readers):
                 kept[scores.loc] = reason
                 continue
             _fuse_candidates(module, scores, readers["index_topk"], readers["candidate_blocks"])
@@ -121,15 +121,17 @@ class FuseIndexSelect(Pass):
         return made
 
 
-def _apart(module: Module, scores: Op, blocks: Op) -> str:
+def _apart(module: Module, scores: Op, readers: dict[str, Op]) -> str:
     """Why the scores, the selection and the candidates cannot be one op, or ""."""
-    readers = sorted(op.name for op in scores.result.users())
-    if readers != ["candidate_blocks", "index_topk"]:
-        return f"the scores are read by {', '.join(readers)}"
+    names, blocks = sorted(op.name for op in scores.result.users()), readers["candidate_blocks"]
+    if names != ["candidate_blocks", "index_topk"]:
+        return f"the scores are read by {', '.join(names)}"
     if scores.result in module.output_values():
         return "the scores are an output"
     if scores.attrs["rounding"] != "none":
         return "the scores are rounded"
+    if readers["index_topk"].attrs["ascending"]:
+        return "the selection is wanted in the order of its ids"
     if blocks.operands[1:] != scores.operands[3:] or blocks.attrs["ratio"] != scores.attrs["ratio"]:
         return "the candidates are of other entries than are scored"
     return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .allow_replay import AllowReplay
 from .base import Pass
 from .bind_shapes import BindShapes
 from .cleanup import EliminateDeadCode, MergeCommonSubexpressions
@@ -39,6 +40,7 @@ PASSES: dict[str, type[Pass]] = {
         InstrumentExperts,
         InstrumentInputs,
         LayoutEngram,
+        AllowReplay,
         NarrowWeights,
         PlanMemory,
         BindShapes,

@@ -22,6 +22,7 @@ from .images import ImagePlan, ImageRules, expand, load_patches
 from .images.load import Source as ImageSource
 from .images.rows import ImageFeed
 from .images.tower import tower_inputs
+from .replay import exact_tokens, run_encoder
 from .sampling import Sampler, SamplingParams
 
 DEFAULT_CONTEXT = 4096
@@ -157,9 +158,14 @@ class Session:
             SessionError: the artifact takes no images.
         """
         if "vision" not in self.artifact.meta.get("parts", []):
+            if "vision" in self.model:
+                raise SessionError(
+                    "the artifact takes rows of images but encodes none", where=str(self.artifact.path),
+                    hint="encode_image of an artifact for cpu makes the rows; give them to steps as images",
+                )  # fmt: skip
             raise SessionError(
                 "the artifact takes no images", where=str(self.artifact.path),
-                hint="compile a model with a vision tower, format tvm",
+                hint="compile a model with a vision tower",
             )  # fmt: skip
         return int(self.model["vision"]["placeholder"])
 
@@ -231,10 +237,12 @@ class Session:
         chunk: int = DEFAULT_CHUNK,
         progress: Callable[[int, int], None] | None = None,
         images: Sequence[npt.ArrayLike] | None = None,
+        replay: int | None = None,
     ) -> Logits:
         """Feed prompts of any lengths in chunks; returns each one's last logits, float32 [B,vocab].
 
-        `images` are, per prompt, the embeddings float32 [n,d] of its image tokens.
+        `images` are, per prompt, the embeddings float32 [n,d] of its image tokens. With `replay` the decoder
+        layers see only so many tokens at the end, see `replay.exact_tokens`; DeepSeek-V4.1 only.
 
         A prompt that does not fit is refused before any of it is fed.
         """
@@ -243,8 +251,14 @@ class Session:
         ids, lengths = self._prompts(prompts, "prefill")
         feed = self._feed(images, ids, lengths)
         last = np.zeros((self.batch, int(self.model["vocab_size"])), np.float32)
-        longest = ids.shape[1]
+        if replay is not None:
+            exact_tokens(self.artifact)  # refuses an artifact that cannot
         with self.backend.undo.guard(self.state, lengths) if self.backend.undo else nullcontext():
+            if replay is not None:
+                ids, lengths = run_encoder(
+                    self.backend, self.state, ids, lengths, replay, chunk, feed, progress
+                )
+            longest = ids.shape[1]
             for start in range(0, longest, chunk):
                 part = np.ascontiguousarray(ids[:, start : start + chunk])
                 valid = np.clip(lengths - start, 0, part.shape[1]).astype(np.int32)
@@ -280,6 +294,7 @@ class Session:
         params: SamplingParams | None = None,
         chunk: int = DEFAULT_CHUNK,
         images: Sequence[npt.ArrayLike] | None = None,
+        replay: int | None = None,
     ) -> Iterator[list[int | None]]:
         """Feed the prompts, then yield the next token of every row; None for rows that have stopped.
 
@@ -298,7 +313,7 @@ class Session:
                 hint="open the session with a larger context",
             )
         sampler, stops = Sampler(params), {*self.model["eos"], *params.stop_ids}
-        alive, logits = np.ones(self.batch, bool), self.prefill(prompts, chunk, images=images)
+        alive, logits = np.ones(self.batch, bool), self.prefill(prompts, chunk, None, images, replay)
         for count in range(max_new_tokens):
             picked = sampler.pick(logits)
             yield [int(t) if ok else None for t, ok in zip(picked, alive, strict=True)]
@@ -317,6 +332,7 @@ class Session:
         params: SamplingParams | None = None,
         chunk: int = DEFAULT_CHUNK,
         images: Sequence[npt.ArrayLike] | None = None,
+        replay: int | None = None,
     ) -> list[Any]:
         """The new tokens: a list for one prompt of ids, a list of lists for a list of prompts.
 
@@ -325,7 +341,7 @@ class Session:
         single = len(ids) > 0 and isinstance(ids[0], int | np.integer)
         prompts: Any = [ids] if single else ids
         out: list[list[int]] = [[] for _ in prompts]
-        for picked in self.stream(prompts, max_new_tokens, params, chunk, images):
+        for picked in self.stream(prompts, max_new_tokens, params, chunk, images, replay):
             for row, token in zip(out, picked, strict=True):
                 if token is not None:
                     row.append(token)

@@ -109,6 +109,17 @@ class StaticBackend:
         self.probes = {name: np.concatenate([p[name] for p in probes], axis=1) for name in probes[0]}
         return np.take_along_axis(np.concatenate(logits, axis=1), rows[..., None].astype(np.int64), axis=1)
 
+    def call_part(self, part: str, inputs: Sequence[Arr]) -> dict[str, Arr]:
+        """Programs of fixed shapes are those of the text model alone.
+
+        Raises:
+            SessionError: always; says what to do instead.
+        """
+        raise SessionError(
+            f"has no program {part!r} of fixed shapes", where="StaticBackend", allowed="steps",
+            hint="run it from an artifact for cpu, and give its rows to the steps as images",
+        )  # fmt: skip
+
     def _feed(self, images: ImageRows | None, tokens: Arr, n_valid: Arr) -> ImageFeed | None:
         """Hands the rows of a step out to the programs it runs through."""
         if images is None:

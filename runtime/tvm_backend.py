@@ -35,35 +35,49 @@ class TvmProgram:
     """One compiled function of an artifact with its weights.
 
     Args:
+        machine: the loaded code.
         part: a name in meta["tvm"]["parts"]; "" is the step.
+    """
+
+    def __init__(self, artifact: Artifact, machine: Any, part: str = "") -> None:
+        facts = artifact.meta["tvm"]["parts"][part] if part else artifact.meta["tvm"]
+        self.inputs: dict[str, dict[str, Any]] = facts["inputs"]
+        self.outputs: list[str] = facts["outputs"]
+        self._states: list[str] = facts.get("states", list(artifact.meta["step"]["states"]))
+        self._function = machine[part or "step"]
+        self._weights = [tvm_ffi.from_dlpack(artifact.array(n)) for n in facts["weights"]]
+        self._tables: list[str] = facts["tables"]
+        self._bound: tuple[object, list[Any]] = (None, [])
+
+    def run(
+        self, inputs: Sequence[npt.NDArray[Any]], state: dict[str, npt.NDArray[Any]], tables: Tables
+    ) -> Any:
+        """The results, still TVM's: inputs in order, in their own dtypes; `state` is updated in place."""
+        if self._bound[0] is not state:
+            self._bound = (state, [tvm_ffi.from_dlpack(state[name]) for name in self._states])
+        given = [tvm_ffi.from_dlpack(aligned(a)) for a in inputs]
+        handles = [tables.handle(name) for name in self._tables]
+        return self._function(*given, *self._bound[1], *self._weights, *handles)
+
+
+def _load_code(artifact: Artifact) -> tuple[Any, Any]:
+    """The library, which must be kept, and the virtual machine with its functions.
 
     Raises:
         ArtifactError: the code does not load on this machine.
     """
-
-    def __init__(self, artifact: Artifact, part: str = "") -> None:
-        facts = artifact.meta["tvm"]["parts"][part] if part else artifact.meta["tvm"]
-        self.inputs: dict[str, dict[str, Any]] = facts["inputs"]
-        with tempfile.TemporaryDirectory(prefix="dsv4c-") as directory:
-            path = Path(directory) / "step.so"
-            path.write_bytes(artifact.section(f"code.{part}" if part else "code"))
-            try:
-                self._library = tvm_ffi.load_module(str(path))
-                self._vm = self._library["vm_load_executable"]()
-                self._vm["vm_initialization"](_CPU, 0, _POOLED)
-            except Exception as error:
-                raise ArtifactError(
-                    f"the compiled code does not load: {error}", where=str(artifact.path)
-                ) from error
-        self._function = self._vm["step"]
-        self._weights = [tvm_ffi.from_dlpack(artifact.array(n)) for n in facts["weights"]]
-
-    def run(
-        self, inputs: Sequence[npt.NDArray[Any]], states: Sequence[Any] = (), tables: Sequence[Any] = ()
-    ) -> Any:
-        """The results, still TVM's: inputs in order, in their own dtypes; states and handles of tables."""
-        given = [tvm_ffi.from_dlpack(aligned(a)) for a in inputs]
-        return self._function(*given, *states, *self._weights, *tables)
+    with tempfile.TemporaryDirectory(prefix="dsv4c-") as directory:
+        path = Path(directory) / "step.so"
+        path.write_bytes(artifact.section("code"))
+        try:
+            library = tvm_ffi.load_module(str(path))
+            machine = library["vm_load_executable"]()
+            machine["vm_initialization"](_CPU, 0, _POOLED)
+        except Exception as error:
+            raise ArtifactError(
+                f"the compiled code does not load: {error}", where=str(artifact.path)
+            ) from error
+    return library, machine
 
 
 class TvmBackend:
@@ -91,9 +105,9 @@ class TvmBackend:
         configure = tvm_ffi.get_global_func("runtime.config_threadpool", allow_missing=True)
         if configure is not None:
             configure(1, threads or cores)
-        self._program = TvmProgram(artifact)
+        self._library, self._machine = _load_code(artifact)
+        self._program = TvmProgram(artifact, self._machine)
         self._parts: dict[str, TvmProgram] = {}
-        self._bound: tuple[object, list[Any]] = (None, [])
         self.tables = Tables(artifact, tables)
         self.undo = Undo(artifact.meta["tvm"]["writes"]) if self.tables.fallible else None
 
@@ -112,9 +126,7 @@ class TvmBackend:
         """
         logits: npt.NDArray[np.float32]
         inputs: list[npt.NDArray[Any]] = [np.asarray(a, np.int32) for a in (tokens, n_valid, rows)]
-        if "images" in self._program.inputs:
-            given = images or no_images(len(tokens), int(self._program.inputs["images"]["shape"][2]))
-            inputs += [given.rows, given.counts]
+        inputs += self._images(images, len(tokens))
         (logits,) = self.call(inputs, state, 1)
         return logits
 
@@ -128,29 +140,53 @@ class TvmBackend:
         Raises:
             SessionError: a looked-up table could not be read; `state` is as it was.
         """
-        if self._bound[0] is not state:
-            names: Sequence[str] = list(self.artifact.meta["step"]["states"])
-            self._bound = (state, [tvm_ffi.from_dlpack(state[name]) for name in names])
-        result = self._run(inputs, state)
+        result = self._run(self._program, inputs, state)
         return [np.array(np.from_dlpack(result[i])) for i in range(results)]
 
-    def call_part(self, part: str, inputs: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """The results of another program of the artifact by name, copies; it is loaded when first called."""
-        if part not in self._parts:
-            self._parts[part] = TvmProgram(self.artifact, part)
-        result = self._parts[part].run(inputs)
-        names = self.artifact.meta["tvm"]["parts"][part]["outputs"]
-        return {name: np.array(np.from_dlpack(result[i])) for i, name in enumerate(names)}
+    def call_part(
+        self,
+        part: str,
+        inputs: Sequence[npt.NDArray[Any]],
+        state: dict[str, npt.NDArray[Any]] | None = None,
+    ) -> dict[str, npt.NDArray[Any]]:
+        """The results of another program of the artifact by name, copies; it is made when first called.
 
-    def _run(self, inputs: Sequence[npt.NDArray[Any]], state: dict[str, npt.NDArray[Any]]) -> Any:
-        states, handles = self._bound[1], self.tables.handles
-        if self.undo is None:
-            return self._program.run(inputs, states, handles)
-        names = list(self._program.inputs)
+        `state` is updated in place by a part that shares the step's.
+        """
+        if part not in self._parts:
+            self._parts[part] = TvmProgram(self.artifact, self._machine, part)
+        program = self._parts[part]
+        result = self._run(program, inputs, {} if state is None else state)
+        return {name: np.array(np.from_dlpack(result[i])) for i, name in enumerate(program.outputs)}
+
+    def encode(
+        self,
+        tokens: npt.NDArray[np.int32],
+        n_valid: npt.NDArray[np.int32],
+        state: dict[str, npt.NDArray[Any]],
+        images: ImageRows | None = None,
+    ) -> None:
+        """Feed tokens to the encoder layers alone; arguments as those of `step`."""
+        inputs: list[npt.NDArray[Any]] = [np.asarray(a, np.int32) for a in (tokens, n_valid)]
+        self.call_part("encoder", [*inputs, *self._images(images, len(tokens))], state)
+
+    def _images(self, images: ImageRows | None, batch: int) -> list[npt.NDArray[Any]]:
+        """The inputs that a model with a vision tower takes besides tokens."""
+        if "images" not in self._program.inputs:
+            return []
+        given = images or no_images(batch, int(self._program.inputs["images"]["shape"][2]))
+        return [given.rows, given.counts]
+
+    def _run(
+        self, program: TvmProgram, inputs: Sequence[npt.NDArray[Any]], state: dict[str, npt.NDArray[Any]]
+    ) -> Any:
+        if self.undo is None or not state:
+            return program.run(inputs, state, self.tables)
+        names = list(program.inputs)
         counts = inputs[names.index("n_valid")] if "n_valid" in names else None
         try:
             with self.undo.guard(state, counts):
-                return self._program.run(inputs, states, handles)
+                return program.run(inputs, state, self.tables)
         except Exception as error:
             failure = self.tables.clear()
             if failure is None:

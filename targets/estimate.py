@@ -252,6 +252,8 @@ def _assumptions(
             f"a step checks {asked.drafts} drafts of each sequence and keeps {asked.accepted:g} on average; "
             "what drafting costs is not counted"
         )
+    if w.host:
+        yield "tables of Engram lie with the host; looking their rows up and sending them is not counted"
     yield "MTP blocks are not counted" if not asked.drafts else "weights of MTP blocks are not counted"
     if placement.usable is not None:
         yield f"{asked.headroom:.0%} of the memory stays free for activations and buffers"

@@ -1,7 +1,7 @@
 """Cuts a model into stages of whole layers, and says what passes between them.
 
-Mostly that is the residual streams. Where layers publish what later ones read (entries, index keys, selections,
-candidate blocks) or collapse the streams by weights mixed a sub-layer earlier, those pass too.
+Mostly that is the residual streams. Where layers publish what later ones read (entries, index keys,
+selections, candidate blocks) or collapse the streams by weights mixed a sub-layer earlier, those pass too.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class _Cut:
         return out[::-1]
 
     def _settle(self) -> None:
-        """Give every op that depends on embeddings a stage: that of its layer, or of what stands before it."""
+        """Give every op that depends on embeddings a stage: its layer's, or that of what stands before."""
         made, at = set[Value](), 0
         for op in self.module.ops:
             if op.weight is not None or not set(op.results).isdisjoint(self.given):

@@ -24,6 +24,8 @@ from dsv4c.passes.narrow_weights import PACKED_READERS
 from dsv4c.passes.requantise import OPTION_OF
 from dsv4c.passes.weight_classes import class_of, weight_class
 
+from .onnx.ops import HOST_OPS
+
 ALIASES = {"fp4": "mxfp4"}
 """Short names of schemes: what the released checkpoints call FP4 is MXFP4."""
 
@@ -37,7 +39,8 @@ NUMBERS = {
 """Element type of stored codes -> how its numbers are called in estimates."""
 
 CONTEXT_OPS = frozenset({
-    "attention", "index_scores", "index_topk", "compress", "entries_append", "ring_write",
+    "attention", "index_scores", "index_topk", "compress", "entries_append", "ring_write", "candidate_blocks",
+    "index_restrict",
 })  # fmt: skip
 """Ops that read or write the state; they are a class of their own, "context"."""
 
@@ -95,6 +98,7 @@ class Workload:
     Attributes:
         layers: bytes by layer.
         ahead, behind: bytes of weights ahead of the first layer and behind the last.
+        host: bytes of tables that are looked up on the host, which no device holds.
         work: all ops, grouped.
         width: values of a token inside a layer.
         streams: values of a token between two layers.
@@ -104,6 +108,7 @@ class Workload:
     layers: tuple[Layer, ...]
     ahead: int
     behind: int
+    host: int
     work: tuple[Work, ...]
     width: int
     streams: int
@@ -137,7 +142,8 @@ def survey(module: Module, weights: Mapping[str, str] | None = None) -> Workload
         raise TargetError(f"the module is at level {module.level.name}", where="estimate", allowed="MODEL")
     places = _places(module)
     count = max(places.values(), default=0)
-    stored = {op: _stored(op, schemes) for op in module.weights()}
+    stored = {op: _stored(op, schemes) for op in module.weights() if not _is_hosts(op)}
+    host = sum(stored_bytes(op) for op in module.weights() if _is_hosts(op))
     layers = tuple(_layers(module, places, stored, count))
     if not layers or not all(layer.experts for layer in layers):
         raise TargetError("the module has no layers of routed experts", where=module.name, allowed="a model")
@@ -145,8 +151,8 @@ def survey(module: Module, weights: Mapping[str, str] | None = None) -> Workload
     if streams is None:
         raise TargetError("the module has no residual streams", where=module.name, allowed="a whole model")
     n, d = (int(str(size)) for size in streams[-2:])
-    ends = [sum(stored[op][0] for op in module.weights() if places[op] == at) for at in (-1, count)]
-    return Workload(module, layers, ends[0], ends[1], tuple(_work(module, places, stored)), d, n * d)
+    ends = [sum(stored[op][0] for op in stored if places[op] == at) for at in (-1, count)]
+    return Workload(module, layers, ends[0], ends[1], host, tuple(_work(module, places, stored)), d, n * d)
 
 
 def check_weights(weights: Mapping[str, str]) -> dict[str, Scheme]:
@@ -160,7 +166,7 @@ def check_weights(weights: Mapping[str, str]) -> dict[str, Scheme]:
 
 
 def number_classes(module: Module) -> list[str]:
-    """Those of `CLASSES` whose matrices are all numbers, neither codes nor FP16: device artifacts hold F32."""
+    """Those of `CLASSES` without a matrix in codes or FP16: artifacts for devices hold them as F32."""
     narrow = {
         OPTION_OF.get(weight_class(op), "")
         for op in module.weights()
@@ -179,6 +185,12 @@ def _places(module: Module) -> dict[Op, int]:
         begun = begun or match is not None
         out[op] = int(match.group(1)) if match else count if begun else -1
     return out
+
+
+def _is_hosts(op: Op) -> bool:
+    """Whether a weight op is read on the host alone."""
+    readers = op.result.users()
+    return bool(readers) and all(user.name in HOST_OPS for user in readers)
 
 
 def _stored(op: Op, schemes: Mapping[str, Scheme]) -> tuple[int, str]:
@@ -224,7 +236,7 @@ def _work(module: Module, places: Mapping[Op, int], stored: Mapping[Op, tuple[in
     """Groups by place, class, attributes, shapes and weights; the experts of a layer mostly fall together."""
     groups: dict[object, list[Op]] = {}
     for op in module.ops:
-        if op.weight is None:
+        if op.weight is None and op.name not in HOST_OPS:
             shapes = tuple(_shape(v.type.shape) for v in op.operands) if op.name != "combine" else ()
             weights = tuple(stored[p] for v in op.operands if (p := v.producer) in stored and p)
             expert = _EXPERT.search(op.loc) is not None

@@ -12,12 +12,14 @@ from dsv4c.errors import CompileError, IRError
 from dsv4c.ir import maps
 from dsv4c.ir import weights as w
 from dsv4c.ir.dtypes import DType, f32_to_bf16
-from dsv4c.ir.graph import Module
+from dsv4c.ir.graph import Module, Value
 from dsv4c.ir.levels import Level
 from dsv4c.ir.meaning import Evaluator
 from dsv4c.ir.ops.state import closed_groups
 from dsv4c.ir.packed import is_bf16
+from dsv4c.ir.text import print_module
 from dsv4c.passes import parse_pipeline, run_pipeline
+from dsv4c.passes.fuse_elementwise import FuseIndexSelect
 from dsv4c.passes.stored_format import stored_format
 
 
@@ -92,6 +94,92 @@ def test_borders_say_why_they_stay() -> None:
     found = notes(c, "fuse_hyper")
     assert found == {"fused": 0, "kept": {
         "post": "the streams are collapsed by other weights than the mix gives"
+    }}  # fmt: skip
+
+
+def index(c: Case) -> tuple[Value, ...]:
+    """q, weights, keys, pos, n_valid of an indexer."""
+    q, w_, keys = c.f32("q", B, T, 2, 4), c.f32("w", B, T, 2), c.f32("keys", B, CTX // 4, 4)
+    return q, w_, keys, c.i32("pos", B), c.i32("n", B)
+
+
+OTHER_ENTRIES = "the candidates are of other entries than are scored"
+
+
+@pytest.mark.parametrize(
+    ("odd", "why"),
+    [("reader", "the scores are read by candidate_blocks, index_topk, scale"),
+     ("two", "the scores are read by candidate_blocks, index_topk, index_topk"),
+     ("none", "the scores are read by candidate_blocks"), ("output", "the scores are an output"),
+     ("rounding", "the scores are rounded"), ("pos", OTHER_ENTRIES), ("n", OTHER_ENTRIES),
+     ("ratio", OTHER_ENTRIES), ("ascending", "the selection is wanted in the order of its ids")],
+)  # fmt: skip
+def test_candidates_that_stay_apart_say_why(odd: str, why: str) -> None:
+    c = Case()
+    operands = index(c)
+    pos, n = (
+        c.i32("other", B) if odd == name else v for name, v in zip(("pos", "n"), operands[3:], strict=True)
+    )
+    rounding = "reference" if odd == "rounding" else "none"
+    scores = c.b.op("index_scores", *operands, ratio=4, rounding=rounding)
+    if odd != "none":
+        c.op("index_topk", scores, k=2, ascending=odd == "ascending")
+    c.op("candidate_blocks", scores, pos, n, ratio=8 if odd == "ratio" else 4, size=2, count=2)
+    if odd == "reader":
+        c.op("scale", scores, factor=2.0)
+    elif odd == "two":
+        c.op("index_topk", scores, k=1, out="again")
+    elif odd == "output":
+        c.module.outputs["scores"] = scores
+    before = [op.name for op in c.module.ops]
+    assert notes(c, "fuse_index_select") == {"kept": {"case": why}}
+    assert [op.name for op in c.module.ops] == before
+    assert f"@case: {why}" in FuseIndexSelect().explain(c.module)
+
+
+def test_what_fuses_into_candidates_is_no_near_miss() -> None:
+    c = Case()
+    operands = index(c)
+    scores = c.b.op("index_scores", *operands, ratio=4)
+    c.op("index_topk", scores, k=2)
+    c.op("candidate_blocks", scores, *operands[3:], ratio=4, size=2, count=2)
+    before = print_module(c.module)
+    assert FuseIndexSelect().explain(c.module) == []
+    assert print_module(c.module) == before, "explain changes nothing"
+    c.module.level = Level.FUSED
+    run_pipeline(c.module, parse_pipeline("fuse_index_select"))
+    assert [op.name for op in c.module.ops] == ["index_candidates"] and not c.module.notes
+
+
+def test_a_restricted_selection_says_why_it_stays() -> None:
+    c = Case()
+    scores = c.b.op("index_scores", *index(c), ratio=4)
+    within = c.b.op("index_restrict", scores, c.i32("blocks", B, T, 2), size=2)
+    c.op("index_topk", within, k=2)
+    c.op("scale", scores, factor=2.0)
+    assert FuseIndexSelect().explain(c.module) == ["index_topk @case: index_scores @case has 2 readers"]
+
+
+def test_borders_by_weights_from_outside_say_why_they_stay() -> None:
+    """Streams that nobody mixes (the head), that are mixed twice, and a second border of one mix."""
+    c = Case()
+    pre, parameters = (
+        c.f32("pre", B, T, 2),
+        (c.weight("fn", 8, 16), c.weight("base", 8), c.weight("scale", 3)),
+    )
+    for name, mixes, norms in (("head", 0, 1), ("twice", 2, 1), ("once", 1, 2)):
+        x, c.b.loc = c.f32(name, B, T, 2, 8), f"{name}.mix"
+        for i in range(mixes):
+            c.multi("hc_mix", x, *parameters, outs=(f"{name}{i}",), eps=1e-6, norm_eps=1e-6, iters=3 + i)
+        for i in range(norms):
+            c.b.loc = f"{name}.{i}"
+            w_ = c.weight(f"w.{name}.{i}", 8)
+            c.op("rms_norm", c.b.op("hc_collapse", x, pre), w_, eps=1e-6, out=f"{name}.{i}")
+    outside = "the streams are collapsed by weights from outside and mixed"
+    assert notes(c, "fuse_hyper") == {"fused": 1, "kept": {
+        "head.0": f"{outside} 0 times", "twice.0": f"{outside} 2 times",
+        "once.mix": "the streams stay: they come from an argument",
+        "once.1": "its mix is part of another border",
     }}  # fmt: skip
 
 

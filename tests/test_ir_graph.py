@@ -69,6 +69,21 @@ def test_a_clone_prints_the_same_and_shares_no_value(tiny_model: Module) -> None
     verify(tiny_model)
 
 
+def test_a_clone_has_copies_of_the_parts() -> None:
+    """What happens to those of the copy leaves the others as they were; sizes hold for all of them."""
+    m, part = diamond()[0], diamond()[0]
+    m.parts["vision"] = part
+    copy = clone(m)
+    assert set(copy.parts) == {"vision"} and copy.parts["vision"] is not part
+    assert print_module(copy.parts["vision"]) == print_module(part)
+    assert not set(copy.parts["vision"].ops) & set(part.ops)
+    copy.parts["vision"].ops.clear()
+    del copy.parts["vision"]
+    assert set(m.parts) == {"vision"} and len(part.ops) == 5
+    sized = clone(m, {"B": 3})
+    assert sized.inputs["x"].type == sized.parts["vision"].inputs["x"].type == f32(3, T, 6)
+
+
 def test_a_whole_model_is_a_fixed_point_of_print_and_parse(tiny_model: Module) -> None:
     text = print_module(tiny_model)
     again = parse_module(text)

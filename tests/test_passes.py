@@ -203,6 +203,7 @@ IDLE = {
     "fold_norm_scale": "no norm of a random model has powers of two for scales",
     "fold_constants": "the front end leaves it no work",
     "layout_engram": "the model has no n-gram tables; tests/test_layout_engram.py has",
+    "allow_replay": "the model has no decoder half; tests/test_replay.py has",
     "plan_memory": "it changes nothing and leaves a note",
 }
 FIRST = {

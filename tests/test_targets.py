@@ -27,6 +27,7 @@ from dsv4c.runtime.verify import verify
 from dsv4c.targets import TARGETS, known_targets, parse_target
 from dsv4c.targets.onnx.dialect import Dialect
 from dsv4c.targets.onnx.emit_static import STATIC_LOWERINGS, emit_static
+from dsv4c.targets.onnx.ops import HOST_OPS
 from dsv4c.targets.onnx.static import StaticContext
 from dsv4c.targets.toolchains import HOMES, TOOLS, Found, environment, package, program, tools_of
 

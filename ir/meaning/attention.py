@@ -136,14 +136,14 @@ def index_select(
 
 def attention(
     op: Op, q: Arr, kv: Arr, ring: Arr, sinks: Arr, pos: Arr, n_valid: Arr,
-    entries: Arr | None = None, selected: Arr | None = None,
+    entries: Arr | None = None, selected: Arr | None = None, start: Arr | None = None,
 ) -> Arr:  # fmt: skip
     window, ratio = integer(op, "window"), integer(op, "ratio")
     factor, out = q.dtype.type(number(op, "scale")), np.zeros_like(q)
     for b in range(q.shape[0]):
         for t in range(n_valid[b]):
             here = int(pos[b]) + t
-            spots = range(max(0, here - window + 1), here + 1)
+            spots = range(max(0 if start is None else start[b], here - window + 1), here + 1)
             rows = [kv[b, p - pos[b]] if p >= pos[b] else ring[b, p % ring.shape[1]] for p in spots]
             keys = np.stack(rows)
             if entries is not None:

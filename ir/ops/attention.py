@@ -108,6 +108,8 @@ def _attention(sig: Signature) -> Types:
         sig.equal(sig.shape(6, 3)[2], d, "the width of q and entries")
     if len(sig.types) > 7:
         sig.equal(sig.shape(7, 3)[1], t, "the tokens of q and selected")
+    if len(sig.types) > 8:
+        sig.fits(8, b)
     return (f32(b, t, h, d),)
 
 
@@ -150,12 +152,14 @@ ATTENTION: tuple[OpDef, ...] = (
           doc="index_topk of index_scores, restricted to blocks of `size` where they are given, without the"
               " scores in memory: the same set of ids, in no particular order unless rounding ="
               ' "reference" or `ascending`, and -1 at the end.'),
-    OpDef("attention", ("q", "kv", "ring", "sinks", "pos", "n_valid", "entries?", "selected?"), _attention,
+    OpDef("attention", ("q", "kv", "ring", "sinks", "pos", "n_valid", "entries?", "selected?", "start?"),
+          _attention,
           (AttrDef("scale", AttrKind.FLOAT), AttrDef("window", AttrKind.INT),
            AttrDef("ratio", AttrKind.INT, 0), _ROUNDING),
           source="4.1 steps 3 and 4",
           doc="Softmax with a per-head sink over the window (ring and this call's kv) and the visible entries"
-              ' (all of them, or the selected). With rounding = "reference" it is an online softmax over'
+              " (all of them, or the selected); positions before `start` [B] are outside the window."
+              ' With rounding = "reference" it is an online softmax over'
               " blocks of 64 slots, the window's slots oldest first and then the entries in their order: the"
               " maximum leaves the sink out, and a block's probabilities are rounded to BF16 where they meet"
               " the keys but not in the denominator."),

@@ -36,7 +36,6 @@ class Tables:
     """The looked-up tables of one backend.
 
     Attributes:
-        handles: what the step takes after its weights, in the order of the artifact's tables.
         stores: by name.
 
     Raises:
@@ -52,8 +51,12 @@ class Tables:
         numbers = [next(_NUMBERS) for _ in self._bound]
         _BOUND.update(zip(numbers, self._bound, strict=True))
         self._arrays = [np.array([n], np.int64) for n in numbers]
-        self.handles: list[Any] = [tvm_ffi.from_dlpack(a) for a in self._arrays]
+        self._handles = {n: tvm_ffi.from_dlpack(a) for n, a in zip(names, self._arrays, strict=True)}
         weakref.finalize(self, _forget, numbers)
+
+    def handle(self, name: str) -> Any:
+        """What a program takes for the table of that name."""
+        return self._handles[name]
 
     @property
     def fallible(self) -> bool:

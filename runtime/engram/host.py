@@ -37,8 +37,8 @@ class HostOps:
         self._states: dict[str, str] = facts["states"]
         for step in self._steps:
             if step["op"] not in _OPS:
-                allowed = ", ".join(_OPS)
-                raise ArtifactError(f"the host has no {step['op']}", where=str(artifact.path), allowed=allowed)
+                what = f"the host has no {step['op']}"
+                raise ArtifactError(what, where=str(artifact.path), allowed=", ".join(_OPS))
         self._artifact = artifact
 
     def run(self, tokens: Arr, n_valid: Arr, state: dict[str, Arr]) -> tuple[dict[str, Arr], dict[str, Arr]]:

@@ -35,6 +35,7 @@ _UNFUSED = frozenset({"clamp", "index_scores", "index_topk", "candidate_blocks",
 """What the first fusions take away, so that a pipeline without them compiles."""
 
 _TVM = (
+    ",allow_replay"
     ',layout_engram{stats="", hot_bytes=0, cache_bytes=67108864, tier="disk"}'
     ',fuse_norm_rotary,fuse_rotary_write,fuse_hyper{expand=true},narrow_weights{storage="packed"}'
     ",fold_shared_expert,merge_projections"

@@ -35,9 +35,9 @@ def emit_onnx(
     entries the model is fed the used rows, at least one: [B, "used.<state>", D].
     meta["onnx"] = {"location": the mark of the file, "tensors": [names, in the order of the offset marks],
     "states": {name: {"output", and for entries "ratio" and "read"}}}; "read" is "some" when only gathers
-    touch the old rows, else "all". "host" is what `host.write_host` says of the inputs that the runtime makes
-    itself; it is there only where there are some. Each of `module.parts` becomes the section "onnx.part.NAME";
-    "parts": {name: {"inputs": [...], "outputs": [...]}}.
+    touch the old rows, else "all". "host" is what `host.write_host` says of inputs that the runtime makes
+    itself; it is there only where there are some. Each of `module.parts` becomes a section "onnx.part.NAME"
+    with "parts": {name: {"inputs": [...], "outputs": [...]}}.
 
     Args:
         progress: called after each tensor with its name, the bytes done and the bytes in all.
@@ -49,7 +49,8 @@ def emit_onnx(
     for one in programs.values():
         _check(one)
     host, tensors = host_part(module), list[str]()
-    meta: dict[str, object] = {"location": LOCATION_MARK, "tensors": tensors, "states": _states(module, host)}
+    states = _states(module, host)
+    meta: dict[str, object] = {"location": LOCATION_MARK, "tensors": tensors, "states": states}
     parts: dict[str, object] = {}
     for section, one in programs.items():
         facts = _emit(one, host if one is module else HostPart(), section, store, writer, tensors, progress)
@@ -67,8 +68,7 @@ def _emit(
     """One program into its section, its weights behind those of `tensors`; the names of its border."""
     g = Context()
     weights = _store_weights(g, host.device_weights(module), store, writer, tensors, progress)
-    border = {name: v for name, v in module.arguments().items() if name not in host.states} | host.inputs
-    inputs = [_argument(g, name, value) for name, value in border.items()]
+    inputs = [_argument(g, name, value) for name, value in host.device_arguments(module).items()]
     for op in module.ops:
         if op.weight is None and op not in host.ops:
             _lower(g, op)

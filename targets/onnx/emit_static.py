@@ -82,10 +82,10 @@ def emit_static(
 ) -> None:
     """Write the weights and, per number of tokens and stage, the section "onnx.<name>" with its program.
 
-    meta["onnx"] = {"location", "tensors", "states", "host"} as `emit_onnx` writes them, and "static": {"batch",
-    "context", "buckets": [{"tokens", "programs": [{"name", "stage", "probes": {layer: tensor}, "border":
-    {"inputs": [names], "outputs": [[name, NumPy dtype, shape]]}}]}], "dialect", "opset"}. What a stage reads of
-    earlier ones is called as their output was, with ".in" behind it: "streams" becomes "streams.in".
+    meta["onnx"] = {"location", "tensors", "states", "host"} as `emit_onnx` writes them, and "static":
+    {"batch", "context", "buckets": [{"tokens", "programs": [{"name", "stage", "probes": {layer: tensor},
+    "border": {"inputs": [names], "outputs": [[name, NumPy dtype, shape]]}}]}], "dialect", "opset"}. What a
+    stage reads of earlier ones is called as their output was, with ".in" behind it, as "streams.in".
 
     Raises:
         TargetError: an op has no lowering, or a node, type or rank is outside the dialect; names the layer.
@@ -197,8 +197,8 @@ def _model(
         else:
             g.holds(op.result, parts[0], parts[1], held.scheme)
     read = {v for op in stage.ops for v in op.operands} | {extended_state(v) for v in stage.inputs.values()}
-    border = module.arguments() | host.inputs
-    g.inputs = [_argument(g, name, value) for name, value in border.items() if value in read]
+    arguments = host.device_arguments(module)
+    g.inputs = [_argument(g, name, value) for name, value in arguments.items() if value in read]
     g.inputs += [_from_before(g, output_name(name, module), v, made) for name, v in stage.inputs.items()]
     streams = {v: layer for layer, v in stream_values(module).items()} if "logits" in module.outputs else {}
     for op in stage.ops:

@@ -1,13 +1,14 @@
 """What the host computes in front of a program: ids and rows of Engram tables, which depend on tokens alone.
 
-The ops stay in the graph, so that it can be evaluated; here they are cut off it. Their results become inputs of
-the program, and what they mean goes into the manifest, for `runtime.engram.host`. Tables are far larger than a
-device's memory: they lie in the artifact as they were stored, and the runtime decodes the rows it is asked for.
+The ops stay in the graph, so that it can be evaluated; here they are cut off it. Their results become inputs
+of the program, and what they mean goes into the manifest, for `runtime.engram.host`. Tables are far larger
+than a device's memory: they lie in the artifact as they were stored, and the runtime decodes the rows it is
+asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from dsv4c.errors import TargetError
@@ -37,8 +38,16 @@ class HostPart:
     """
 
     ops: tuple[Op, ...] = ()
-    inputs: Mapping[str, Value] = field(default_factory=dict)
+    inputs: dict[str, Value] = field(default_factory=dict)
     states: frozenset[str] = frozenset()
+
+    def device_arguments(self, module: Module) -> dict[str, Value]:
+        """The arguments of the module, and what the host makes, that are not for the host alone."""
+        arguments = {
+            name: value for name, value in module.arguments().items()
+            if not value.uses or any(user.name not in HOST_OPS for user in value.users())
+        }  # fmt: skip
+        return arguments | self.inputs
 
     def device_outputs(self, module: Module) -> dict[str, Value]:
         """The module's outputs that programs give."""
@@ -60,7 +69,8 @@ def host_part(module: Module) -> HostPart:
     arguments = set(module.arguments().values())
     for op in ops:
         for value in op.operands:
-            if value not in made and value not in arguments and (not value.producer or not value.producer.weight):
+            weight = value.producer is not None and value.producer.weight is not None
+            if value not in made and value not in arguments and not weight:
                 raise TargetError(
                     f"{op.name} reads what the program computes", where=op.loc,
                     allowed="tokens, states and weights: it runs on the host, ahead of the program",
@@ -79,12 +89,14 @@ def host_part(module: Module) -> HostPart:
     return HostPart(ops, inputs, states)
 
 
-def write_host(part: HostPart, module: Module, store: TensorStore, writer: ArtifactWriter) -> dict[str, object]:
+def write_host(
+    part: HostPart, module: Module, store: TensorStore, writer: ArtifactWriter
+) -> dict[str, object]:
     """Write maps and tables as they are stored; what the manifest says of the part.
 
     Returns:
-        {"steps": [{"op", "operands", "result", and attributes}], "inputs": {name: result}, "states": {state:
-        result}}; an operand is the name of an input of the step, a state, a result, or "@" and a tensor.
+        {"steps": [{"op", "operands", "result", "attrs"}], "inputs": [results], "states": {state: result}}; an
+        operand is the name of an input of the step, a state, a result, or "@" and a tensor.
     """
     names = {value: name for name, value in module.arguments().items()}
     steps = []

@@ -92,7 +92,8 @@ def _keeps_all(g: Context, op: Op) -> bool:
     if source is None or count is None or source.name != "index_candidates":
         return False
     same = source.operands[2:] == op.operands[2:5] and source.attrs["size"] == op.attrs["size"]
-    return same and source.attrs["ratio"] == op.attrs["ratio"] and int(count.item()) <= integer(source, "count")
+    same = same and source.attrs["ratio"] == op.attrs["ratio"]
+    return same and int(count.item()) <= integer(source, "count")
 
 
 def block_count(g: Context, op: Op) -> V:

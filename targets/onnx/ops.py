@@ -16,7 +16,8 @@ HOST_OPS = frozenset({"compress_tokens", "ngram_rows", "ngram_history", "engram_
 """What the host computes in front of a program, see `host`."""
 
 VISION = frozenset({
-    "merge_heads", "add_bias", "swiglu", "grid_angles", "full_attention", "gelu", "gather_cells", "image_span",
+    "merge_heads", "add_bias", "swiglu", "grid_angles", "full_attention", "gelu", "gather_cells",
+    "image_span",
 })  # fmt: skip
 """What an image encoder is made of besides, of any size only."""
 

@@ -281,7 +281,7 @@ class StaticContext(Context):
 
     def rotate(self, x: V, cos: V, sin: V, width: int, heads: int | None, halves: bool = False) -> V:
         if halves:
-            raise TargetError("rotary of halves has no form of fixed shapes", where=self.where, allowed="pairs")
+            raise TargetError("rotary of halves has no fixed shapes", where=self.where, allowed="pairs")
         sizes, r, heads = self.shape_of(x), width, heads or 1
         b, n = sizes[:2]
         if "rotary" in self.dialect.vendor:

@@ -40,6 +40,7 @@ class Context:
         bound: symbols that stand alone in some argument's shape.
         packed: parameter name -> (variable, expression) of every weight in the layout a kernel reads.
         simd: the vector instructions that kernels may use.
+        claimed: parameter names of the other programs of the artifact, with their expressions.
         memo: what a lowering keeps so that another op need not compute it again.
         handles: looked-up table -> the parameter by which the runtime knows it; after the weights, in order.
         tables: looked-up table -> its `StoredTable`.
@@ -51,6 +52,7 @@ class Context:
     symbols: dict[str, Any] = field(default_factory=dict)
     values: dict[Value, Var] = field(default_factory=dict)
     packed: dict[str, tuple[Var, WeightExpr]] = field(default_factory=dict)
+    claimed: dict[str, WeightExpr] = field(default_factory=dict)
     kernels: dict[tuple[object, ...], Any] = field(default_factory=dict)
     shared: dict[str, Var] = field(default_factory=dict)
     memo: dict[tuple[object, ...], Any] = field(default_factory=dict)
@@ -110,7 +112,7 @@ class Context:
 
     def parameter(self, name: str, expr: WeightExpr) -> Var:
         """The parameter that holds an expression; equal ones of one name share it."""
-        while name in self.packed and not self.packed[name][1].same(expr):
+        while not self._free(name, expr):
             name += "'"
         if name not in self.packed:
             shape = [tirx.IntImm("int64", n) for n in expr.shape]
@@ -119,6 +121,11 @@ class Context:
                 expr,
             )
         return self.packed[name][0]
+
+    def _free(self, name: str, expr: WeightExpr) -> bool:
+        """Whether nothing else has that name."""
+        own, other = self.packed.get(name), self.claimed.get(name)
+        return (own is None or own[1].same(expr)) and (other is None or other.same(expr))
 
     def ones(self, n: int) -> Var:
         return relax.const(np.ones(n, np.float32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tvm import relax
 from dsv4c.errors import TargetError, ToolchainError, unknown
 from dsv4c.ir.dims import Dim
 from dsv4c.ir.graph import Module
-from dsv4c.ir.weights import TensorStore, stream
+from dsv4c.ir.weights import TensorStore, WeightExpr, stream
 from dsv4c.runtime.container import ArtifactWriter
 from dsv4c.targets.base import Arch, Progress
 
@@ -29,39 +30,35 @@ def emit_tvm(
 ) -> None:
     """Write sections `code` and `tvm_runtime`, the packed weights, and meta `tvm`.
 
-    Each of `module.parts` gets a section `code.NAME` and meta `tvm.parts.NAME` of its own.
+    Each of `module.parts` is a function of its name in the same code; how it is called stands in meta
+    `tvm.parts`.
 
     Raises:
         TargetError: an op has no lowering.
         ToolchainError: no linker is found.
     """
-    programs = {"": module, **module.parts}
-    built = {}
-    for index, (name, one) in enumerate(programs.items()):
-        progress("code", index, len(programs))
-        built[name], relax_module = build_relax(one, simd_of(arch))
-        section = f"code.{name}" if name else "code"
-        writer.add_section(section, compile_module(relax_module, cross_attributes(arch)))
-    progress("code", len(programs), len(programs))
+    built, relax_module = build_programs({"step": module, **module.parts}, simd_of(arch))
+    progress("code", 0, 1)
+    writer.add_section("code", compile_module(relax_module, cross_attributes(arch)))
+    progress("code", 1, 1)
+    weights = {name: expr for context in built.values() for name, (_, expr) in context.packed.items()}
     if arch.machine == platform.machine():
         writer.add_section("tvm_runtime", _runtime_library().read_bytes())
-    tables = [table for context in built.values() for table in context.tables.values()]
-    total = sum(expr.nbytes for context in built.values() for _, expr in context.packed.values())
-    total += sum(t.layout.nbytes for t in tables)
+    tables = {name: table for context in built.values() for name, table in context.tables.items()}
+    total = sum(expr.nbytes for expr in weights.values()) + sum(t.layout.nbytes for t in tables.values())
     done = 0
-    for context in built.values():
-        for name, (_, expr) in context.packed.items():
-            writer.add_tensor(name, expr.dtype.value, expr.shape, stream(expr, store))
-            done += expr.nbytes
-            progress("weights", done, total)
-    for table in tables:
+    for name, expr in weights.items():
+        writer.add_tensor(name, expr.dtype.value, expr.shape, stream(expr, store))
+        done += expr.nbytes
+        progress("weights", done, total)
+    for table in tables.values():
         # a pass may have put statistics in front of the store
         for nbytes in write_table(table, module.store or store, writer):
             done += nbytes
             progress("weights", done, total)
-    writer.set_meta("tables", tables_meta(built[""].tables))
+    writer.set_meta("tables", tables_meta(built["step"].tables))
     parts = {name: _facts(part, built[name]) for name, part in module.parts.items()}
-    writer.set_meta("tvm", _facts(module, built[""]) | {"writes": state_writes(module), "parts": parts})
+    writer.set_meta("tvm", _facts(module, built["step"]) | {"writes": state_writes(module), "parts": parts})
 
 
 def _facts(module: Module, context: Context) -> dict[str, Any]:
@@ -72,15 +69,31 @@ def _facts(module: Module, context: Context) -> dict[str, Any]:
     }
     return {
         "weights": list(context.packed), "tables": list(context.handles), "inputs": inputs,
-        "outputs": results_of(module),
+        "states": list(module.states), "outputs": results_of(module),
     }  # fmt: skip
 
 
 def build_relax(module: Module, simd: Simd = Simd.NONE) -> tuple[Context, Any]:
     """The Relax module: `step(inputs, states, weights, tables) -> (outputs, states)`; states in place."""
-    shapes = [v.type.shape for v in module.arguments().values()]
-    bound = frozenset(d.name for shape in shapes for d in shape if isinstance(d, Dim) and d.op == "sym")
-    context = Context(relax.BlockBuilder(), bound, simd)
+    built, relax_module = build_programs({"step": module}, simd)
+    return built["step"], relax_module
+
+
+def build_programs(programs: Mapping[str, Module], simd: Simd) -> tuple[dict[str, Context], Any]:
+    """One Relax module with a function per program; kernels and equal parameters are shared."""
+    builder, kernels, claimed = relax.BlockBuilder(), dict[Any, Any](), dict[str, WeightExpr]()
+    built: dict[str, Context] = {}
+    for name, module in programs.items():
+        shapes = [v.type.shape for v in module.arguments().values()]
+        bound = frozenset(d.name for shape in shapes for d in shape if isinstance(d, Dim) and d.op == "sym")
+        context = built[name] = Context(builder, bound, simd, kernels=kernels, claimed=claimed)
+        _build(module, context, name)
+        claimed.update({key: expr for key, (_, expr) in context.packed.items()})
+    return built, builder.get()
+
+
+def _build(module: Module, context: Context, function: str) -> None:
+    """Add a module to the context's builder as `function`."""
     for name, value in module.arguments().items():
         context.values[value] = relax.Var(_identifier(name), context.tensor(value.type))
     if "tokens" in module.inputs:
@@ -89,7 +102,7 @@ def build_relax(module: Module, simd: Simd = Simd.NONE) -> tuple[Context, Any]:
     builder = context.builder
     # The parameters include the packed weights, which are known only when every op is lowered: the body is
     # built under a name of its own first, then closed with all parameters.
-    with builder.function("step"):
+    with builder.function(function):
         for op in module.ops:
             if op.name not in LOWERINGS:
                 raise TargetError(str(unknown("op", op.name, LOWERINGS, TargetError)), where=op.loc)
@@ -98,7 +111,6 @@ def build_relax(module: Module, simd: Simd = Simd.NONE) -> tuple[Context, Any]:
         results = relax.Tuple([context.values[module.outputs[n]] for n in names])
         weights = [var for var, _ in context.packed.values()]
         builder.emit_func_output(results, params=[*arguments, *weights, *context.handles.values()])
-    return context, builder.get()
 
 
 def results_of(module: Module) -> list[str]:

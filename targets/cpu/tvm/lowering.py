@@ -178,12 +178,13 @@ def attention(c: Context, op: Op) -> None:
     window, scale_, ratio = (op.attrs[n] for n in ("window", "scale", "ratio"))
     assert isinstance(window, int) and isinstance(scale_, float) and isinstance(ratio, int)
     selected = ints(more[1])[0] if len(more) > 1 else 0
-    shape = attend.AttentionShape(heads, d, window, scale_, ratio if more else 0, selected)
+    shape = attend.AttentionShape(heads, d, window, scale_, ratio if more else 0, selected, len(more) > 2)
     args = [c.values[q], c.values[kv], c.values[ring], c.weight(sinks), c.values[pos], c.values[n_valid]]
     args.append(c.values[more[0]] if more else c.values[ring])  # never read without a ratio
     args.append(c.values[more[1]] if len(more) > 1 else _no_selection(c, q))
     if op.attrs["rounding"] != "none":
         return attention_in_blocks(c, op, shape, args)
+    args.append(c.values[more[2] if len(more) > 2 else pos])  # never read without a start
     c.lower(op, attend.attention, shape, args=args)
 
 

@@ -17,7 +17,9 @@ KEYS = 12
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Static facts of an attention: `ratio` 0 is window only; `k` 0 attends to every visible entry."""
+    """Static facts of an attention: `ratio` 0 is window only; `k` 0 attends to every visible entry; with
+    `start` windows are cut.
+    """
 
     heads: int
     d: int
@@ -25,11 +27,12 @@ class AttentionShape:
     scale: float
     ratio: int = 0
     k: int = 0
+    start: bool = False
 
 
 def attention(a: AttentionShape):
     """q [B,S,H,d], kv [B,S,d], ring [B,window,d], sinks [H], pos, n_valid [B], entries [B,cap,d],
-    selected [B,S,k] i32 -> [B,S,H,d]. Unused operands are handed in as empty dummies by `variants`.
+    selected [B,S,k], start [B] i32 -> [B,S,H,d]. The lowering hands in dummies for unused operands.
     """
     heads, d, window, ratio, k = a.heads, a.d, a.window, a.ratio, a.k
     lanes = 8 if heads <= 8 else 16  # heads side by side; half-empty vectors cost as much as full ones
@@ -55,10 +58,13 @@ def attention(a: AttentionShape):
     def visible(position):
         return (position + 1) // ratio if ratio else T.int32(0)
 
+    def first(start, b):
+        return start[b] if a.start else T.int32(0)
+
     @T.prim_func(s_tir=True)
     def func(
         q: T.handle, kv: T.handle, rg: T.handle, sk: T.handle, ps: T.handle, nv: T.handle, en: T.handle,
-        sl: T.handle, y: T.handle,
+        sl: T.handle, st: T.handle, y: T.handle,
     ):  # fmt: skip
         T.func_attr({"tir.noalias": True})
         B = T.int64()
@@ -73,6 +79,7 @@ def attention(a: AttentionShape):
         V = T.match_buffer(nv, (B,), "int32")
         E = T.match_buffer(en, (B, C, d), "float32")
         Sel = T.match_buffer(sl, (B, S, N), "int32")
+        Start = T.match_buffer(st, (B,), "int32")
         Y = T.match_buffer(y, (B, S, heads, d), "float32")
         Self = T.decl_buffer((B * S * N,), "int32", data=Sel.data)
 
@@ -95,7 +102,7 @@ def attention(a: AttentionShape):
                     Y[b, t, h0 + j, c] = T.float32(0)
             if T.cast(t, "int32") < V[b]:
                 span[0] = P[b] + T.cast(t, "int32")  # position of the query
-                span[1] = T.min(T.int32(window), span[0] + 1)  # keys of the window
+                span[1] = T.min(T.int32(window), span[0] + 1 - first(Start, b))  # keys of the window
                 span[2] = span[1] + entry_count(visible(span[0]))  # all keys
                 for c in T.serial(d):
                     for j in T.serial(lanes):
