@@ -52,7 +52,7 @@ def compile_forms(root: Path, module: Module, hot: int, cache: int) -> tuple[Pat
     options = f'stats="{root / "rows.npz"}", hot_bytes={hot}, cache_bytes={cache}'
     passes = f"with(layout_engram{{{options}}})"
     notes = api.lower(module, passes=passes).module.notes["layout_engram"]
-    plain = api.compile(module, output=root / "plain.dsv4", golden=False)
+    plain = api.compile(module, output=root / "plain.dsv4", passes="without(layout_engram)", golden=False)
     return plain, api.compile(module, output=root / "laid.dsv4", passes=passes, golden=False), notes
 
 

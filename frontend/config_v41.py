@@ -310,6 +310,9 @@ def _source_rules(c: ModelConfig) -> Iterator[Rule]:
     candidate = shared.candidate_source
     yield (candidate is None or candidate in shared.index_sources, "candidate_source_layer_id", candidate,
            f"one of index_source_layer_ids, {list(shared.index_sources)}, or -1 for none")  # fmt: skip
+    last = shared.kv_sources[-1] if shared.kv_sources else 0
+    yield (candidate is None or candidate >= last, "candidate_source_layer_id", candidate,
+           f"a layer from the last of kv_source_layer_ids on, {last}: blocks are of its entries")  # fmt: skip
 
 
 def _engram_rules(c: ModelConfig, e: EngramTables) -> Iterator[Rule]:

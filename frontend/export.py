@@ -1,6 +1,7 @@
 """Writes a module at level MODEL back as a checkpoint directory in the published format.
 
-The inverse of `checkpoint` and `model`: a weight's location is its published name. Tensors that passes only
+The inverse of `checkpoint` and of the builders: a weight's location is its published name, but for those of
+Engram and for the parts into which the image encoder cuts its stacked matrices. Tensors that passes only
 cut, joined or renumbered keep the bytes they have in the source checkpoint; nothing is rounded again. Knows
 no pass; a model with fewer experts is one whose graph has fewer.
 """
@@ -22,17 +23,24 @@ from dsv4c.errors import UsageError
 from dsv4c.ir.dtypes import Array, DType, decode, f32_to_bf16
 from dsv4c.ir.graph import Module
 from dsv4c.ir.levels import Level
-from dsv4c.ir.weights import TensorStore, WeightExpr, cast, stream
+from dsv4c.ir.weights import TensorStore, WeightExpr, cast, concat, stream
 
-from .architecture import ModelConfig
+from .architecture import Generation, ModelConfig
 from .checkpoint import SHOWN, Checkpoint
 from .config import parse_config
+from .config_v41 import edit_text
 from .safetensors import INDEX, STORED, parse_json
 from .stored import StoredTensor, write_safetensors
 from .table import Role, TensorSpec, expected_tensors, scale_name
+from .token_map import SOURCE, write_token_map
 
 MAX_SHARD = 5 << 30  # bytes of tensors in one file
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+_ENGRAM = {"embed": "embed.weight", "kv": "wkv.weight", "q_norm": "q_weight", "k_norm": "k_weight"}
+"""Last part of a location in an Engram layer -> the tensor; the scale of the table is called as published."""
+_PART = re.compile(r"(.+)\.(\d+)-\d+")  # rows of a stacked matrix, first and one past the last
+_COMPUTED = (SOURCE, "rope_frequencies")
+"""What no tensor of the files holds: the token map, by its location, and rotary angles, by their op."""
 _EXPERT = re.compile(r"(.+\.ffn)\.experts\.(\d+)\..+")
 _DECODE = ("decode_fp8", "decode_fp4")
 
@@ -47,7 +55,7 @@ class Exported:
             hash table. A checkpoint has one number of experts, a module one for each layer.
         widened: weights that a pass had decoded, written as float32.
         dropped: weights of the configuration that are not in the files: MTP blocks, when no source was given
-            or their number of experts no longer fits.
+            or their number of experts no longer fits; draft layers of V4.1 have experts of their own and fit.
     """
 
     directory: str
@@ -77,7 +85,7 @@ def export_checkpoint(
     Args:
         directory: must not exist, or be empty.
         source: the checkpoint the module was built from; gives what no module holds: the MTP blocks and the
-            small files beside the weights. Without it the files have none.
+            small files beside the weights. Without it the files have none, but for tokenizer and token map.
         max_shard: bytes of tensors per file; a larger tensor gets a file of its own.
 
     Raises:
@@ -103,6 +111,8 @@ def export_checkpoint(
         (partial / "config.json").write_text(json.dumps(plan.raw, indent=2) + "\n", encoding="utf-8")
         if "tokenizer" in module.assets:
             (partial / "tokenizer.json").write_bytes(module.assets["tokenizer"])
+        if plan.config.engram:
+            write_token_map(partial, module.store.read(SOURCE).astype(np.int32))
         for name in _COMPANIONS:
             if source and (source.path / name).is_file():
                 shutil.copyfile(source.path / name, partial / name)
@@ -127,15 +137,14 @@ class _Plan:
         assert module.store is not None
         config = source.config if source else _config(module)
         mtp = source.mtp if source else {}
-        self.weights: dict[str, tuple[WeightExpr, TensorStore]] = {}
-        for op in module.weights():
-            assert op.weight is not None
-            if op.weight.op != "rope_frequencies":  # part of the configuration
-                self.weights[op.loc] = op.weight, module.store
+        self.weights = {name: (x, module.store) for name, x in _published(module).items()}
+        if config.generation is Generation.V41 and config.vision is None:
+            self._stand_in()
         self.experts = _experts_by_layer(self.weights)
         most = max(self.experts.values(), default=config.n_routed_experts)
         self.padded = {layer: most - n for layer, n in self.experts.items() if n < most}
-        keep_mtp = bool(mtp) and most == config.n_routed_experts
+        own_experts = config.generation is Generation.V41
+        keep_mtp = bool(mtp) and (own_experts or most == config.n_routed_experts)
         self.dropped = [] if keep_mtp else _mtp_names(config)
         if keep_mtp and source:
             self.weights |= {name: (x, source.files) for name, x in mtp.items()}
@@ -145,10 +154,17 @@ class _Plan:
         self.specs = expected_tensors(self.config)
         self._check()
 
+    def _stand_in(self) -> None:
+        """A model without images has a bias for them all the same, which no graph reads: that of text."""
+        text = {name: x for name, x in self.weights.items() if name.endswith(".ffn.gate.bias")}
+        self.weights |= {f"{name}_vl": x for name, x in text.items()}
+
     def _check(self) -> None:
         padding = {name for name in self.specs if self._template(name) != name}
         wrong = [f"{name} is missing" for name in self.specs if name not in self.weights.keys() | padding]
-        wrong += [f"{name} is no tensor of the model" for name in self.weights if name not in self.specs]
+        scales = {scale_name(name) for name, spec in self.specs.items() if spec.role is Role.ROWS}
+        known = self.specs.keys() | scales
+        wrong += [f"{name} is no tensor of the model" for name in self.weights if name not in known]
         for name, spec in self.specs.items():
             if name in self.weights:
                 shape, pad = self.weights[name][0].shape, self._padding(name, spec)
@@ -180,6 +196,8 @@ class _Plan:
             template = self._template(name)
             x, store = self.weights[template]
             parts = x.args if x.op in _DECODE else (self._plain(name, spec, x),)
+            if spec.role is Role.ROWS and (scale := self.weights.get(scale_name(name))):
+                parts = (x, scale[0])
             for part, stored in zip(parts, (name, scale_name(name)), strict=False):
                 if part.dtype not in STORED.values():
                     what = f"{stored} is {part.dtype.value}"
@@ -188,7 +206,7 @@ class _Plan:
                 if template != name:
                     chunks = _filled(part.dtype, shape, 1.0 if stored != name else 0.0)
                 elif pad := self._padding(name, spec):
-                    fill = -np.inf if name.endswith(".bias") else 0.0
+                    fill = -np.inf if name.endswith((".bias", ".bias_vl")) else 0.0
                     chunks = _joined(chunks, _filled(part.dtype, (pad, *shape[1:]), fill))
                     shape = (shape[0] + pad, *shape[1:])
                 yield StoredTensor(stored, part.dtype, shape, chunks)
@@ -200,6 +218,24 @@ class _Plan:
         if any(op in _DECODE for op in _operations(x)):
             self.widened.append(name)
         return x
+
+
+def _published(module: Module) -> dict[str, WeightExpr]:
+    """Published name -> weight, of a module and its image encoder; scales of Engram's rows by theirs."""
+    found: dict[str, WeightExpr] = {}
+    pieces: dict[str, dict[int, WeightExpr]] = {}
+    for one in (module, *module.parts.values()):
+        for op in one.weights():
+            assert op.weight is not None
+            if op.loc in _COMPUTED or op.weight.op in _COMPUTED:
+                continue
+            if match := _PART.fullmatch(op.loc):
+                pieces.setdefault(match[1], {})[int(match[2])] = op.weight
+                continue
+            layer, engram, last = op.loc.partition(".engram.")
+            found[layer + engram + (_ENGRAM.get(last, last) if engram else "")] = op.weight
+    joined = {name: concat(tuple(x for _, x in sorted(of.items()))) for name, of in pieces.items()}
+    return found | joined
 
 
 def _operations(x: WeightExpr) -> Iterator[str]:
@@ -231,12 +267,14 @@ def _mtp_names(config: ModelConfig) -> list[str]:
 
 
 def _edited(config: ModelConfig, experts: int, mtp: bool) -> dict[str, object]:
-    raw = {**config.raw, "n_routed_experts": experts}
+    changes: dict[str, object] = {"n_routed_experts": experts}
     if not mtp and config.n_mtp_layers:
-        raw["num_nextn_predict_layers"] = 0
-        if "compress_ratios" in raw:
-            raw["compress_ratios"] = list(config.compress_ratios)
-    return raw
+        changes["num_nextn_predict_layers"] = 0
+        if config.generation is Generation.V41 or "compress_ratios" in config.raw:
+            changes["compress_ratios"] = list(config.compress_ratios)
+    if config.generation is Generation.V41:
+        return edit_text(config.raw, changes)
+    return {**config.raw, **changes}
 
 
 # -------------------------------------------------------------------------------------- bytes

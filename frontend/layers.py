@@ -214,7 +214,7 @@ def model_meta(c: ModelConfig) -> dict[str, object]:
             "min_pixels": v.min_pixels, "max_wh_ratio": v.max_wh_ratio, "placeholder": v.image_token,
         }
     }  # fmt: skip
-    halves = {} if c.shared is None else {"encoder_layers": max(c.shared.kv_sources)}
+    halves = {"encoder_layers": max(c.shared.kv_sources)} if c.shared and c.shared.kv_sources else {}
     return {
         **images, **halves, "generation": c.generation.value,
         "max_positions": c.max_position_embeddings, "vocab_size": c.vocab_size, "bos": c.bos_token_id,

@@ -89,4 +89,4 @@ class _VisionBuilder:
 
     def _rows(self, name: str, low: int, high: int) -> Value:
         """A part of a stacked matrix or bias as a weight of its own."""
-        return self.b.weight(rows(self.weight_of(name), low, high), f"{name}[{low}:{high}]")
+        return self.b.weight(rows(self.weight_of(name), low, high), f"{name}.{low}-{high}")

@@ -5,7 +5,7 @@ Owns what a layer's router, dispatch, experts and combine look like. Knows no re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -27,7 +27,8 @@ class MoeLayer:
         loc: of the dispatch, e.g. ``layers.3.ffn``.
         logits: the `linear` of the router; its weight has a row per expert.
         scores: the op between it and the choice.
-        route: `route_topk` over a bias, or `route_hash` over a table.
+        route: `route_topk` over a bias, perhaps with a second one for image tokens, or `route_hash` over a
+            table.
         experts: per expert its ops in execution order, weights left out.
     """
 
@@ -60,16 +61,28 @@ class MoeLayer:
         return _weight(self.logits, 1)
 
     @property
-    def selector(self) -> WeightExpr:
-        """The bias [E] of a choice by score, or the table [V,k] of a choice by token."""
+    def table(self) -> WeightExpr:
+        """[V,k], the experts of every token; of a hash layer."""
+        assert self.hashed, "a layer that chooses by score has biases"
         return _weight(self.route, 1)
+
+    @property
+    def biases(self) -> tuple[WeightExpr, ...]:
+        """[E] each: that of text, and where the model takes images theirs; none in a hash layer."""
+        return () if self.hashed else tuple(_weight(self.route, i) for i in _biases(self.route))
 
     @property
     def nbytes(self) -> int:
         """Bytes of router and routed experts as the checkpoint stores them."""
         weights = {v.producer for ops in self.experts for op in ops for v in op.operands if _is_weight(v)}
         exprs = [op.weight for op in weights if op and op.weight]
-        return sum(stored_bytes(x) for x in (self.gate, self.selector, *exprs))
+        selectors = (self.table,) if self.hashed else self.biases
+        return sum(stored_bytes(x) for x in (self.gate, *selectors, *exprs))
+
+
+def _biases(route: Op) -> tuple[int, ...]:
+    """The operands of `route_topk` that are biases."""
+    return (1, 3) if len(route.operands) > 2 else (1,)
 
 
 def _weight(op: Op, index: int) -> WeightExpr:
@@ -111,7 +124,9 @@ def find_layers(module: Module) -> tuple[list[MoeLayer], dict[str, str]]:
 
 def _recognise(module: Module, dispatch: Op, order: dict[Op, int]) -> MoeLayer | str:
     ids, weights = dispatch.operands[1].producer, dispatch.operands[2].producer
-    if ids is None or ids.name not in ("route_topk", "route_hash") or not _is_weight(ids.operands[1]):
+    if ids is None or ids.name not in ("route_topk", "route_hash"):
+        return "its ids come from no router"
+    if not all(_is_weight(ids.operands[i]) for i in (_biases(ids) if ids.name == "route_topk" else (1,))):
         return "its ids come from no router with a stored bias or table"
     if weights is None or weights.name != "route_weights" or weights.operands[1] is not ids.result:
         return "its routing weights are not those of its ids"
@@ -182,10 +197,10 @@ def _forward(values: Sequence[Value]) -> tuple[list[Op], list[tuple[Op, int]]]:
 def keep_experts(module: Module, layer: MoeLayer, kept: Sequence[int], store: TensorStore | None) -> None:
     """Rewrite `layer` in place to the experts `kept` (ascending), numbered anew in that order.
 
-    Router rows and bias entries go with their experts. In a hash layer the tokens of an expert that goes are
-    sent to the nearest one kept, see `substitutes`. Locations are renumbered, so that a weight's location
-    stays its published name in the smaller model. What loses its last reader is left for dead code
-    elimination.
+    Router rows and the entries of every bias go with their experts. In a hash layer the tokens of an expert
+    that goes are sent to the nearest one kept, see `substitutes`. Locations are renumbered, so that a
+    weight's location stays its published name in the smaller model. What loses its last reader is left for
+    dead code elimination.
 
     Raises:
         PassError: fewer experts than a token chooses, or a hash layer without the bytes of its router.
@@ -197,13 +212,13 @@ def keep_experts(module: Module, layer: MoeLayer, kept: Sequence[int], store: Te
             allowed=f"at least {layer.chosen}, which every token chooses",
         )
     if layer.hashed:  # by the router's old rows
-        selector = w.reroute(layer.selector, layer.count, substitutes(layer, kept, store))
+        choice = {1: w.reroute(layer.table, layer.count, substitutes(layer, kept, store))}
     else:
-        selector = keep_rows(layer.selector, kept)
+        choice = {i: keep_rows(_weight(layer.route, i), kept) for i in _biases(layer.route)}
     made: dict[Op, list[Op]] = {}
-    _replace_weight(made, layer.logits, keep_rows(layer.gate, kept))
+    _replace_weights(made, layer.logits, {1: keep_rows(layer.gate, kept)})
     _retype(layer.scores)
-    _replace_weight(made, layer.route, selector)
+    _replace_weights(made, layer.route, choice)
     label = layer.dispatch.attrs["label"]
     builder = _builder(module, layer.dispatch)
     dispatch = builder.multi("dispatch", *layer.dispatch.operands, experts=len(kept), label=label)
@@ -267,11 +282,13 @@ def _builder(module: Module, like: Op) -> Builder:
     return builder
 
 
-def _replace_weight(made: dict[Op, list[Op]], reader: Op, expr: WeightExpr) -> None:
-    old = reader.operands[1].producer
-    assert old is not None
+def _replace_weights(made: dict[Op, list[Op]], reader: Op, exprs: Mapping[int, WeightExpr]) -> None:
+    """Give operands of `reader` other weights, which stand right before it, and infer its results anew."""
     builder = Builder(Module(""))
-    reader.set_operand(1, builder.weight(expr, old.loc))
+    for index, expr in exprs.items():
+        old = reader.operands[index].producer
+        assert old is not None
+        reader.set_operand(index, builder.weight(expr, old.loc))
     made[reader] = [*builder.module.ops, reader]
     _retype(reader)
 
@@ -289,4 +306,3 @@ def _renumber(layer: MoeLayer, old: int, new: int) -> None:
         for one in (op, *(v.producer for v in op.operands if _is_weight(v))):
             if one is not None and (one.loc == before or one.loc.startswith(before + ".")):
                 one.loc = after + one.loc.removeprefix(before)
-

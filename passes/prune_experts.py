@@ -45,8 +45,9 @@ class PruneExperts(Pass):
 
     Options:
         strength: which experts go.
-            `unreachable`: those no token can choose, by proof: the bias is -inf, or no token of the
-            vocabulary names them in its hash table. Results do not change (for that vocabulary).
+            `unreachable`: those no token can choose, by proof: the bias is -inf (where images have one of
+            their own, both are), or no token of the vocabulary names them in its hash table. Results do not
+            change (for that vocabulary).
             `unused`: those no token of the calibration text chose.
             `saliency`: those with the least mean of routing weight times output norm (REAP); unrouted is 0.
             `frequency`: those that the fewest tokens chose.
@@ -99,6 +100,7 @@ class PruneExperts(Pass):
         before = {layer.loc: layer.nbytes for layer in layers}
         changed = 0
         for layer, ids in zip(layers, kept, strict=True):
+            _check_choice(module, layer, ids)
             if len(ids) < layer.count:
                 keep_experts(module, layer, ids, module.store)
                 changed += 1
@@ -161,10 +163,13 @@ class PruneExperts(Pass):
                 where=layer.loc,
                 hint="load it from a checkpoint",
             )
-        selector = w.values(layer.selector, module.store)
         if not layer.hashed:
-            finite = np.isfinite(selector)
-            return finite if finite.sum() >= layer.chosen else np.ones(layer.count, np.bool_)
+            found = np.zeros(layer.count, np.bool_)
+            for bias in layer.biases:
+                finite = np.isfinite(w.values(bias, module.store))
+                found |= finite if finite.sum() >= layer.chosen else True
+            return found
+        selector = w.values(layer.table, module.store)
         if self.vocabulary:
             tokens = np.array(read_vocabulary(self.vocabulary))
             if len(beyond := tokens[(tokens < 0) | (tokens >= len(selector))]):
@@ -203,6 +208,19 @@ class PruneExperts(Pass):
                     hint="keep more, or calibrate on a text that is not empty",
                 )
         return kept
+
+
+def _check_choice(module: Module, layer: MoeLayer, kept: list[int]) -> None:
+    """Text and images each need enough of the kept experts that their own bias does not rule out."""
+    for bias in layer.biases if module.store is not None else ():
+        assert module.store is not None
+        finite = np.isfinite(w.values(bias, module.store))
+        if finite.sum() >= layer.chosen > finite[kept].sum():
+            what = f"{finite[kept].sum()} experts of {layer.loc} would remain that a bias does not rule out"
+            raise PassError(
+                what, where=PruneExperts.name, allowed=f"at least {layer.chosen}, which every token chooses",
+                hint="keep more",
+            )  # fmt: skip
 
 
 def _rounded_up(count: float) -> int:

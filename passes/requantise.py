@@ -36,7 +36,7 @@ Facts = dict[str, Any]
 
 OPTION_OF = {
     "experts": "experts", "shared": "shared", "attention": "linears", "indexer": "linears",
-    "compressor": "compressor", "embedding": "embedding", "head": "head",
+    "engram": "linears", "compressor": "compressor", "embedding": "embedding", "head": "head",
 }  # fmt: skip
 """Weight class -> the option that chooses its scheme; other classes (norms, router) are never touched."""
 
@@ -56,8 +56,9 @@ class Requantise(Pass):
     (`ir.recode.EXACT`) are made on codes, all others decode and encode anew. Weights stay lazy.
 
     Options:
-        experts, shared, linears (attention and indexer), compressor, embedding, head: a scheme of
-            `ir.formats.SCHEMES`, or "" to leave the class as it is stored. "bf16", "fp16" and "f32" unpack.
+        experts, shared, linears (attention, indexer, projections of Engram), compressor, embedding, head: a
+            scheme of `ir.formats.SCHEMES`, or "" to leave the class as it is stored. "bf16", "fp16" and "f32"
+            unpack.
         search: for schemes whose scales belong to one row, choose each scale by least squared error.
         stats: a file of calibration statistics; entries ``mean_square.<location of the weight>`` ([K])
             weigh the squared error of the columns; `*` may stand for an expert's number. Needs `search`.

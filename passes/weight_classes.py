@@ -12,6 +12,7 @@ CLASSES = {
     "router": r"\.ffn\.gate(\.|$)",
     "compressor": r"\.attn\.(indexer\.)?compressor\.",
     "indexer": r"\.attn\.indexer\.",
+    "engram": r"\.engram\.kv(\.|$)",
     "norms": r"(^|[._])norm(\.|$)|_norm(\.|$)",
     "attention": r"\.attn(\.|$)",
     "hyper": r"(^|\.)hc_",

@@ -221,7 +221,10 @@ def _installed_runtime(code: bytes) -> Path | None:
 
     A second copy in one process would abort it as soon as the compiler loads its own.
     """
-    found = importlib.util.find_spec("tvm")
+    try:
+        found = importlib.util.find_spec("tvm")
+    except ImportError:  # whoever looks modules up may refuse this one
+        return None
     if found is None or found.origin is None:
         return None
     path = Path(found.origin).parent / "lib" / "libtvm_runtime.so"

@@ -90,12 +90,12 @@ def _random_config_v41(rng: Rng) -> dict[str, Any]:
     raw: dict[str, Any] = json.loads(V41.read_text(encoding="utf-8"))
     text, heads, experts = raw["text_config"], int(rng.integers(1, 4)), int(rng.integers(2, 6))
     vocab = int(rng.integers(5, 12))
-    ratios = sorted(int(pick(rng, (0, 0, 1, 2))) for _ in range(int(rng.integers(2, 6))))
+    ratios = sorted(int(pick(rng, (0, 1, 1, 2))) for _ in range(int(rng.integers(2, 6))))
     ratios = [r for r in ratios if not r] + [r for r in ratios[::-1] if r]  # windows, groups, single tokens
     first = [i for i, r in enumerate(ratios) if r and ratios.index(r) == i]
-    sources = {i for i, r in enumerate(ratios) if r and rng.random() < 0.3} | set(first)
-    selects = {i for i, r in enumerate(ratios) if r and rng.random() < 0.7} | sources
-    candidate = pick(rng, (-1, max(sources))) if sources else -1
+    sources = {i for i, r in enumerate(ratios) if r and rng.random() < 0.15} | set(first)
+    selects = {i for i, r in enumerate(ratios) if r and rng.random() < 0.8} | sources
+    candidate = pick(rng, (-1, *[max(sources)] * 3)) if sources else -1
     text |= dict(
         vocab_size=vocab, hidden_size=16 * int(rng.integers(2, 4)), num_hidden_layers=len(ratios),
         compress_ratios=ratios, kv_source_layer_ids=sorted(sources), index_source_layer_ids=sorted(selects),

@@ -16,6 +16,7 @@ from dsv4c import cli
 from dsv4c.cli.estimate import parse_weights
 from dsv4c.cli.estimate_source import module_of
 from dsv4c.errors import TargetError, UsageError
+from dsv4c.ir.cost import op_cost
 from dsv4c.ir.levels import Level
 from dsv4c.passes.statistics import ExpertUsage, Statistics
 from dsv4c.targets.estimate import Estimate, Settings, estimate
@@ -26,6 +27,7 @@ from dsv4c.targets.workload import Workload, survey
 ROOT = Path(__file__).resolve().parents[1]
 KJV = ROOT / "examples" / "kjv" / "checkpoint"
 FLASH = ROOT / "tests" / "data" / "configs" / "v4-flash"
+V41 = ROOT / "tests" / "data" / "configs" / "v41-flash"
 FULL = {"compute": 1.0, "memory": 1.0, "link": 1.0}
 PLAIN = Device("plain", 10**9, 1e9, {"bf16": 1e12, "fp8": 2e12}, 1e8, FULL, "made up")
 """1 GB, 1 GB/s, 1 and 2 Top/s, 0.1 GB/s."""
@@ -388,3 +390,32 @@ def test_bad_command_lines(dsv4c: Call, tmp_path: Path, line: str, message: str)
     code, out, err = dsv4c(*(word.format(**places) for word in line.split()))
     assert code == 2 and not out
     assert err.startswith("dsv4c: error: ") and message in err
+
+
+# ------------------------------------------------------------------------------------------- V4.1
+
+
+def test_what_the_released_v41_asks_of_devices_and_host() -> None:
+    """Tables lie with the host; entries with their sources; later selections score candidates only."""
+    v41 = survey(module_of(V41)[0])
+    rows = 384_006_168 + 384_016_682  # of 256 codes and 8 scales, and the map of tokens
+    assert v41.host == rows * (256 + 8) + 4 * 129_280
+    assert v41.weight_bytes < 320e9  # of 510 GB: 203 are tables; drafts and image encoder are left out
+    plain, engram = v41.layers[0], v41.layers[1]
+    assert 0 < engram.dense - plain.dense < 2 * 25_600 * 6_144
+    hosts = {"engram_rows", "ngram_rows", "ngram_history", "compress_tokens"}
+    assert not {w.op.name for w in v41.work} & hosts
+    scored = {w.layer: w for w in v41.work if w.op.name == "index_scores"}
+    sizes = {"B": 1, "T": 1, "L": 1, "ctx": 1 << 20, "past": (1 << 20) - 1}
+    first, later = (op_cost(scored[layer].op, sizes).flops for layer in (20, 24))
+    assert (first, later) == (2 * 32 * 129 * (1 << 20), 2 * 32 * 129 * 2048 * 8)
+    grows = [v41.state_bytes(layer, 2000, 2) - v41.state_bytes(layer, 1000, 2) for layer in range(40)]
+    want = {2: 500, 8: 500, 14: 500, 20: 1000}  # entries, of 512 and 128 numbers
+    assert grows == [want.get(layer, 0) * 2 * (512 + 128) for layer in range(40)]
+
+
+def test_tables_are_told_apart_from_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(ROOT / "tests" / "data" / "golden" / "v41")
+    assert cli.main(["estimate", source, "--device", "ascend-910c-die", "--devices", "16"]) == 0
+    text = capsys.readouterr().out
+    assert "of tables on the host" in text and "looking their rows up" in text

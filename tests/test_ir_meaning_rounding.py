@@ -55,6 +55,35 @@ def test_scales_are_exact_ceilings_for_every_bf16_amax(top: int, reciprocal: Any
 # ------------------------------------------------------------------------------------------- codes
 
 
+AS_E2M1_E4M3 = [0, 0, -0.0, 0, .625, 1.25, -1.25, 2.5, 3.75, -5, 5, 0, -0.0, .625, 1.875, -7.5]  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", [np.float32, np.float64])
+def test_the_vector_of_v41(precision: type) -> None:
+    """Blocks of 16 under a scale of 1.25, the nearest E4M3 number to 7.25 / 6."""
+    found = rounded(VECTOR, "e2m1_e4m3", precision, block=16)
+    np.testing.assert_array_equal(found, AS_E2M1_E4M3 * 2)
+    np.testing.assert_array_equal(np.signbit(found), np.signbit(AS_E2M1_E4M3 * 2))
+
+
+def test_scales_in_e4m3_for_every_bf16_amax() -> None:
+    """The largest value of a block is code 6 of the E4M3 number nearest to a sixth of it, by a table."""
+    amax = EVERY_BF16[(EVERY_BF16 > 2.0**-20) & (EVERY_BF16 < 2.0**13)]
+    found = rounded(np.stack([amax, np.zeros_like(amax)], axis=-1), "e2m1_e4m3", block=2)[:, 0]
+    table = decode(np.arange(1, 127, dtype=np.uint8), DType.F8E4M3).astype(np.float64)
+    sixth = np.maximum(amax.astype(np.float64), 6 * 2.0**-9) / 6
+    above = np.searchsorted(table, np.minimum(sixth, 448)).clip(1, len(table) - 1)
+    low, high = table[above - 1], table[above]
+    even = np.where((above + 1) % 2 == 0, high, low)  # table[i] is code i + 1
+    scale = np.where(sixth * 2 == low + high, even, np.where(sixth * 2 < low + high, low, high))
+    scale = np.where(sixth >= 448, 448, scale)
+    codes = E2M1[:8].astype(np.float64)
+    nearest = np.abs(np.minimum(amax / scale, 6)[:, None] - codes)
+    tie = np.isclose(np.sort(nearest, axis=1)[:, 0], np.sort(nearest, axis=1)[:, 1], rtol=0, atol=0)
+    np.testing.assert_array_equal(found[~tie], (codes[nearest.argmin(axis=1)] * scale)[~tie])
+    assert tie.mean() < 0.05
+
+
 @pytest.mark.parametrize(("rule", "top"), [("e4m3", 448.0), ("e2m1", 6.0)])
 def test_every_code_stays_and_every_midpoint_goes_to_the_even_one(rule: str, top: float) -> None:
     """Beside the largest code the scale is 1, so values are codes; a code's parity is its lowest bit."""
@@ -74,6 +103,8 @@ def test_floors_of_the_scales() -> None:
     """An amax of 2e-5 is scaled as 1e-4 is, by P(1e-4/448) = 2^-22; the second value is a subnormal code."""
     np.testing.assert_array_equal(rounded([2e-5, 3e-9], "e4m3"), [2**-22 * 80, 2**-31 * 6])
     np.testing.assert_array_equal(rounded([0.0, 2.0**-140], "e2m1"), [0, 0])
+    np.testing.assert_array_equal(rounded([2.0**-9, 2.0**-11], "e2m1_e4m3"), [2**-9, 0])
+    np.testing.assert_array_equal(rounded([1e6, 448.0], "e2m1_e4m3"), [448 * 6, 448])
 
 
 def test_int8_is_symmetric_with_one_scale_a_row() -> None:
@@ -188,6 +219,31 @@ def test_expert_mlp_rounds_products_hidden_values_and_sums_in_order() -> None:
         one, ids = np.ones((1, 1, 1)), np.zeros((1, 1, 1), np.int32)
         found = c.meaning({"x": one, "ids": ids, "g": one, "n_valid": ints(1)})
         np.testing.assert_allclose(found["expert_mlp"], [[[value]]], rtol=1e-9)
+
+
+def test_expert_mlp_rounds_hidden_values_in_its_blocks() -> None:
+    """2^18 as large a value makes the others of its block subnormal, in steps of 128; else 101.5 becomes 104."""
+    w13, inner = np.full((1, 8, 1), 1 + 2.0**-6, np.float32), 4
+    w13[0, :inner, 0] = 100
+    w13[0, inner, 0] = 2**18
+    w2 = np.array([[[0, 1, 1, 1]]], np.float32)
+    for block, want in ((0, 3 * 128), (4, 3 * 128), (2, 128 + 2 * 104), (1, 3 * 104)):
+        c = Case()
+        operands = [c.f32("x", B, T, 1), c.i32("ids", B, T, 1), c.f32("g", B, T, 1), c.i32("n_valid", B)]
+        weights = c.weight_of("w13", w13), c.weight_of("w2", w2)
+        c.op("expert_mlp", *operands, *weights, limit=1e6, rounding="e4m3", block=block)
+        one, ids = np.ones((1, 1, 1)), np.zeros((1, 1, 1), np.int32)
+        found = c.meaning({"x": one, "ids": ids, "g": one, "n_valid": ints(1)})["expert_mlp"]
+        assert found == want, (block, found)
+
+
+def test_selected_entries_by_score_or_by_id() -> None:
+    missing = -np.inf
+    scores = np.array([[[3, 7, missing, 5, 7, 1], [missing, 2, 1, missing, missing, missing]]])
+    for ascending, want in ((False, [[1, 4, 3, 0], [1, 2, -1, -1]]), (True, [[0, 1, 3, 4], [1, 2, -1, -1]])):
+        c = Case()
+        c.op("index_topk", c.f32("scores", B, T, 6), k=4, ascending=ascending)
+        np.testing.assert_array_equal(c.meaning({"scores": scores})["index_topk"][0], want)
 
 
 def test_expert_mlp_in_mxfp8_rounds_hidden_values_only() -> None:

@@ -64,7 +64,7 @@ VALID: dict[str, Use] = {
     "index_restrict": (("f32[B, T, ctx//4]", "i32[B, T, 7]"), {"size": 8}, ("f32[B, T, ctx//4]",)),
     "index_candidates": (INDEX, {"ratio": 4, "k": 5, "size": 8, "count": 7},
                          ("i32[B, T, 5]", "i32[B, T, 7]")),
-    "attention": (ATTENTION, {"scale": 0.25, "window": 8, "ratio": 4}, ("f32[B, T, 3, 16]",)),
+    "attention": ((*ATTENTION, "i32[B]"), {"scale": 0.25, "window": 8, "ratio": 4}, ("f32[B, T, 3, 16]",)),
     "hc_mix": (HC, {**HC_EPS, "iters": 20}, ("f32[B, T, 2]", "f32[B, T, 2]", "f32[B, T, 2, 2]")),
     "hc_collapse": (("f32[B, T, 2, 6]", "f32[B, T, 2]"), {}, ("f32[B, T, 6]",)),
     "hc_expand": (("f32[B, T, 2, 6]", "f32[B, T, 6]", "f32[B, T, 2]", "f32[B, T, 2, 2]"), {},
@@ -123,7 +123,7 @@ ANY_RANK = frozenset({
 })  # fmt: skip
 
 SHORT: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
-    ("attention", ATTENTION[:6], ("f32[B, T, 3, 16]",)), ("attention", ATTENTION[:7], ("f32[B, T, 3, 16]",)),
+    *(("attention", ATTENTION[:count], ("f32[B, T, 3, 16]",)) for count in (6, 7, 8)),
     ("norm_rotary", ("f32[B, T, 3, 6]", "f32[B, T, 2]", "f32[B, T, 2]"), ("f32[B, T, 3, 6]",)),
     ("index_select", INDEX, ("i32[B, T, 5]",)), ("route_topk", ("f32[B, T, 6]", "f32[6]"), ("i32[B, T, 2]",)),
     ("hc_pre", (*HC, "f32[6]"), PRE[:3]),
@@ -149,6 +149,7 @@ WRONG_SHAPES = [
     ("index_scores", 2, "f32[B, ctx//4, 15]"),
     ("index_select", 1, "f32[B, T, 4]"), ("attention", 1, "f32[B, L, 16]"), ("attention", 2, "f32[B, 8, 15]"),
     ("attention", 3, "f32[4]"), ("attention", 6, "f32[B, ctx//4, 15]"), ("attention", 7, "i32[B, L, 5]"),
+    ("attention", 8, "i32[L]"),
     ("hc_mix", 1, "f32[8, 13]"), ("hc_mix", 1, "f32[9, 12]"), ("hc_mix", 0, "f32[B, T, n, 6]"),
     ("hc_collapse", 1, "f32[B, T, 3]"), ("hc_expand", 1, "f32[B, T, 7]"), ("hc_expand", 3, "f32[B, T, 2, 3]"),
     ("hc_head_mix", 1, "f32[3, 12]"), ("route_topk", 1, "f32[7]"), ("route_topk", 0, "f32[B, T, E]"),

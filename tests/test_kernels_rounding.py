@@ -29,7 +29,8 @@ def awkward(rng: np.random.Generator, *shape: int) -> Arr:
     [
         ("bf16", 37, 0, 0), ("bf16", 40, 0, 17), ("e4m3", 256, 128, 0), ("e4m3", 192, 64, 128),
         ("e4m3", 50, 16, 0), ("e4m3", 20, 0, 0), ("e2m1", 128, 32, 0), ("e2m1", 40, 32, 36),
-        ("int8", 96, 0, 0), ("int8", 96, 40, 50),
+        ("int8", 96, 0, 0), ("int8", 96, 40, 50), ("e4m3", 96, 32, 0), ("e2m1_e4m3", 96, 16, 0),
+        ("e2m1_e4m3", 40, 16, 36),
     ],
 )  # fmt: skip
 def test_round_values(heads: int | None, rule: str, d: int, block: int, channels: int) -> None:
@@ -48,7 +49,7 @@ def test_round_values(heads: int | None, rule: str, d: int, block: int, channels
 
 def test_round_values_of_every_bf16() -> None:
     """As the amax of a block of its own, for scales, and as a value among a fixed amax, for codes."""
-    for rule, top in (("e4m3", 448), ("e2m1", 6), ("int8", 127)):
+    for rule, top in (("e4m3", 448), ("e2m1", 6), ("e2m1_e4m3", 6), ("int8", 127)):
         c = Case()
         c.op("round_values", c.f32("x", B, T, 2), rule=rule, block=2)
         x = np.stack([EVERY_BF16, -EVERY_BF16 / 3], axis=-1)[None]
@@ -124,14 +125,26 @@ def test_attention_in_blocks(shape: tuple[int, int, int, int, int], t: int) -> N
 
 @pytest.mark.parametrize(("heads", "d", "ratio", "k"), [(3, 16, 4, 5), (17, 8, 1, 3), (1, 4, 2, 40)])
 @pytest.mark.parametrize("t", [1, 9, 40])
-def test_index_select_in_order(heads: int, d: int, ratio: int, k: int, t: int) -> None:
-    """Small integers: dot products are exact, BF16 rounds the larger scores, and many entries tie."""
-    c = Case()
+@pytest.mark.parametrize("how", ["by score", "by id", "in blocks", "in blocks by id", "apart", "apart by id"])
+def test_index_select_in_order(heads: int, d: int, ratio: int, k: int, t: int, how: str) -> None:
+    """Small integers: dot products are exact, BF16 rounds the larger scores, and many entries tie.
+
+    As one op, among blocks, and as scores and their best with blocks between.
+    """
+    c, ascending = Case(), how.endswith("id")
     _, pos_, n_valid_ = c.step()
-    q, weights = c.f32("q", B, T, heads, d), c.f32("weights", B, T, heads)
-    keys = c.f32("keys", B, CAPACITY, d)
-    attrs = {"ratio": ratio, "k": k, "rounding": "reference"}
-    c.op("index_select", q, weights, keys, pos_, n_valid_, **attrs)
+    operands = [c.f32("q", B, T, heads, d), c.f32("weights", B, T, heads), c.f32("keys", B, CAPACITY, d)]
+    operands += [pos_, n_valid_]
+    if how.startswith("apart"):
+        scores = c.op("index_scores", *operands, ratio=ratio, rounding="reference")
+        del c.module.outputs["index_scores"]
+        c.op("index_topk", scores, k=k, ascending=ascending)
+    else:
+        attrs = {"ratio": ratio, "k": k, "rounding": "reference", "ascending": ascending}
+        if how.startswith("in"):
+            operands.append(c.i32("blocks", B, T, 3))
+            attrs["size"] = 2
+        c.op("index_select", *operands, **attrs)
     rng = np.random.default_rng(t)
     for pos, n_valid in calls(ratio * 2, t)[:6]:
         pos = np.minimum(pos, CAPACITY * ratio - t).clip(0)
@@ -142,14 +155,15 @@ def test_index_select_in_order(heads: int, d: int, ratio: int, k: int, t: int) -
             "weights": poison(rng.integers(-9, 10, (3, t, heads)).astype(np.float32), n_valid),
             "keys": stale(rng.integers(-9, 10, (3, CAPACITY, d)).astype(np.float32), 0 * pos,
                           visible(pos, n_valid, ratio)),
+            "blocks": np.sort(rng.permuted(np.tile(np.arange(-1, 5), (3, t, 1)), axis=2)[..., :3]),
         })  # fmt: skip
 
 
-@pytest.mark.parametrize("rounding", ["bf16", "e4m3"])
+@pytest.mark.parametrize(("rounding", "block"), [("bf16", 128), ("e4m3", 128), ("e4m3", 32), ("e4m3", 0)])
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize(("experts", "d", "inner", "topk"), [(4, 40, 24, 2), (7, 16, 200, 3), (1, 33, 16, 1)])
 def test_expert_mlp_rounded(
-    rounding: str, bf16: bool, experts: int, d: int, inner: int, topk: int
+    rounding: str, block: int, bf16: bool, experts: int, d: int, inner: int, topk: int
 ) -> None:
     cases = []
     for how in (rounding, "none"):
@@ -158,7 +172,7 @@ def test_expert_mlp_rounded(
         operands = [c.f32("x", B, T, d), c.i32("ids", B, T, topk), c.f32("weights", B, T, topk), n_valid_]
         operands.append(c.weight("w13", experts, 2 * inner, d, bf16=bf16, scale=d**-0.5))
         operands.append(c.weight("w2", experts, d, inner, bf16=bf16, scale=inner**-0.5))
-        c.op("expert_mlp", *operands, limit=2.0, rounding=how)
+        c.op("expert_mlp", *operands, limit=2.0, rounding=how, block=block)
         cases.append(c)
     rng = np.random.default_rng(5)
     for t, n_valid in ((1, ints(1, 1)), (9, ints(9, 4)), (5, ints(0, 3))):

@@ -20,7 +20,7 @@ def sqrt_softplus(op: Op, x: Arr) -> Arr:
 def route_topk(
     op: Op, scores: Arr, bias: Arr, tokens: Arr | None = None, image_bias: Arr | None = None
 ) -> Arr:
-    if tokens is not None:
+    if tokens is not None and image_bias is not None:
         bias = np.where((tokens == integer(op, "image_token"))[..., None], image_bias, bias)
     order = np.argsort(-(scores + bias), axis=-1, kind="stable")
     return order[..., : integer(op, "k")].astype(np.int32)

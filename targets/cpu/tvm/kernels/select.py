@@ -9,6 +9,10 @@ from .vec import LANES, ramp, splat, zeros
 
 KEYS = 8
 """Keys scored at a time."""
+PARTS = 16
+"""Pieces that the keys of a single token are cut into, for several threads."""
+WORTH_A_THREAD = 1 << 20
+"""Numbers of keys from which a single token's scores are spread over threads."""
 
 
 def _ordered(bits):
@@ -34,17 +38,17 @@ def _transpose(heads: int, d: int):
 
 
 def _measure(heads: int, d: int, at):
-    """An inline `measure(b, t, n, qt, W, K, spots, score)`: the ordered scores of n keys.
+    """An inline `measure(b, t, low, n, qt, W, K, spots, score)`: the ordered scores low .. n-1.
 
     `at(spots, i)` is the key behind the i-th score.
     """
     groups = -(-heads // LANES)
 
     @T.inline
-    def measure(b, t, n, qt, W, K, spots, score):
+    def measure(b, t, low, n, qt, W, K, spots, score):
         acc = T.alloc_buffer((KEYS * LANES,), "float32")
         total = T.alloc_buffer((KEYS,), "float32")
-        for blk in T.serial((n + (KEYS - 1)) // KEYS):
+        for blk in T.serial((n - low + (KEYS - 1)) // KEYS):
             for i in T.unroll(KEYS):
                 total[i] = T.float32(0)
             for g in T.serial(groups):
@@ -53,16 +57,34 @@ def _measure(heads: int, d: int, at):
                 for c in T.serial(d):
                     for i in T.unroll(KEYS):
                         acc[ramp(i * LANES)] = acc[ramp(i * LANES)] + qt[ramp((g * d + c) * LANES)] * splat(
-                            K[b, at(spots, T.min(blk * KEYS + i, n - 1)), c]
+                            K[b, at(spots, T.min(low + blk * KEYS + i, n - 1)), c]
                         )
                 for i in T.unroll(KEYS):
                     for j in T.serial(T.min(LANES, heads - g * LANES)):
                         total[i] = total[i] + T.max(acc[i * LANES + j], T.float32(0)) * W[b, t, g * LANES + j]
-            for i in T.serial(T.min(KEYS, n - blk * KEYS)):
+            for i in T.serial(T.min(KEYS, n - low - blk * KEYS)):
                 # a sum that starts at 0.0 is never -0.0, so both zeros tie
-                score[blk * KEYS + i] = _ordered(T.reinterpret("uint32", total[i]))
+                score[low + blk * KEYS + i] = _ordered(T.reinterpret("uint32", total[i]))
 
     return measure
+
+
+def _spread(heads: int, d: int, at):
+    """As `_measure` with low = 0, many scores in pieces on several threads; for a token alone in its call."""
+    measure = _measure(heads, d, at)
+
+    @T.inline
+    def spread(b, t, low, n, qt, W, K, spots, score):
+        if T.cast(n, "int64") * (heads * d) >= WORTH_A_THREAD:
+            for part in T.parallel(PARTS):
+                measure(
+                    b, t, T.min(part * ((n + (PARTS - 1)) // PARTS), n),
+                    T.min((part + 1) * ((n + (PARTS - 1)) // PARTS), n), qt, W, K, spots, score,
+                )  # fmt: skip
+        else:
+            measure(b, t, low, n, qt, W, K, spots, score)
+
+    return spread
 
 
 def _radix(k: int, at):
@@ -129,7 +151,8 @@ def index_select(heads: int, d: int, ratio: int, k: int):
     With k or fewer visible entries all are taken and nothing is scored.
     """
     groups = -(-heads // LANES)
-    transpose, measure, radix = _transpose(heads, d), _measure(heads, d, _itself), _radix(k, _itself)
+    transpose, radix = _transpose(heads, d), _radix(k, _itself)
+    measure, spread = _measure(heads, d, _itself), _spread(heads, d, _itself)
 
     @T.prim_func(s_tir=True)
     def func(q: T.handle, w: T.handle, ks: T.handle, p: T.handle, v: T.handle, y: T.handle):
@@ -143,7 +166,9 @@ def index_select(heads: int, d: int, ratio: int, k: int):
         P = T.match_buffer(p, (B,), "int32")
         V = T.match_buffer(v, (B,), "int32")
         Y = T.match_buffer(y, (B, S, k), "int32")
-        for m in T.parallel(B * S):
+
+        @T.inline
+        def one(m, measure):
             b = T.meta_var(m // S)
             t = T.meta_var(m % S)
             n = T.alloc_buffer((1,), "int32")
@@ -158,8 +183,14 @@ def index_select(heads: int, d: int, ratio: int, k: int):
                     qt = T.alloc_buffer((groups * d * LANES,), "float32")
                     score = T.alloc_buffer((C,), "uint32")
                     transpose(b, t, Q, qt)
-                    measure(b, t, n[0], qt, W, K, score, score)
+                    measure(b, t, 0, n[0], qt, W, K, score, score)
                     radix(b, t, n[0], score, score, Y)
+
+        if B * S == 1:
+            one(T.int64(0), spread)
+        else:
+            for m in T.parallel(B * S):
+                one(m, measure)
 
     return func
 
@@ -167,7 +198,8 @@ def index_select(heads: int, d: int, ratio: int, k: int):
 def index_select_in_blocks(heads: int, d: int, ratio: int, k: int, size: int, count: int):
     """As `index_select`, among the entries of blocks [B,S,count] i32 of `size`: ids ascending, then -1."""
     groups, room = -(-heads // LANES), size * count
-    transpose, measure, radix = _transpose(heads, d), _measure(heads, d, _listed), _radix(k, _listed)
+    transpose, radix = _transpose(heads, d), _radix(k, _listed)
+    measure, spread = _measure(heads, d, _listed), _spread(heads, d, _listed)
 
     @T.prim_func(s_tir=True)
     def func(
@@ -184,7 +216,9 @@ def index_select_in_blocks(heads: int, d: int, ratio: int, k: int, size: int, co
         V = T.match_buffer(v, (B,), "int32")
         Blocks = T.match_buffer(bl, (B, S, count), "int32")
         Y = T.match_buffer(y, (B, S, k), "int32")
-        for m in T.parallel(B * S):
+
+        @T.inline
+        def one(m, measure):
             b = T.meta_var(m // S)
             t = T.meta_var(m % S)
             n = T.alloc_buffer((2,), "int32")  # visible, listed
@@ -206,8 +240,14 @@ def index_select_in_blocks(heads: int, d: int, ratio: int, k: int, size: int, co
                     qt = T.alloc_buffer((groups * d * LANES,), "float32")
                     score = T.alloc_buffer((room,), "uint32")
                     transpose(b, t, Q, qt)
-                    measure(b, t, n[1], qt, W, K, spots, score)
+                    measure(b, t, 0, n[1], qt, W, K, spots, score)
                     radix(b, t, n[1], score, spots, Y)
+
+        if B * S == 1:
+            one(T.int64(0), spread)
+        else:
+            for m in T.parallel(B * S):
+                one(m, measure)
 
     return func
 
@@ -218,7 +258,8 @@ def index_candidates(heads: int, d: int, ratio: int, k: int, size: int, count: i
     The newest visible entry's block is always among them.
     """
     groups = -(-heads // LANES)
-    transpose, measure, radix = _transpose(heads, d), _measure(heads, d, _itself), _radix(k, _itself)
+    transpose, radix = _transpose(heads, d), _radix(k, _itself)
+    measure, spread = _measure(heads, d, _itself), _spread(heads, d, _itself)
     radix_blocks = _radix(count, _itself)
 
     @T.prim_func(s_tir=True)
@@ -236,7 +277,9 @@ def index_candidates(heads: int, d: int, ratio: int, k: int, size: int, count: i
         V = T.match_buffer(v, (B,), "int32")
         Y = T.match_buffer(y, (B, S, k), "int32")
         Blocks = T.match_buffer(bl, (B, S, count), "int32")
-        for m in T.parallel(B * S):
+
+        @T.inline
+        def one(m, measure):
             b = T.meta_var(m // S)
             t = T.meta_var(m % S)
             n = T.alloc_buffer((2,), "int32")  # entries, blocks
@@ -258,7 +301,7 @@ def index_candidates(heads: int, d: int, ratio: int, k: int, size: int, count: i
                     score = T.alloc_buffer((C,), "uint32")
                     best = T.alloc_buffer(((C + (size - 1)) // size,), "uint32")
                     transpose(b, t, Q, qt)
-                    measure(b, t, n[0], qt, W, K, score, score)
+                    measure(b, t, 0, n[0], qt, W, K, score, score)
                     if n[0] > k:
                         radix(b, t, n[0], score, score, Y)
                     if n[1] > count:
@@ -268,5 +311,11 @@ def index_candidates(heads: int, d: int, ratio: int, k: int, size: int, count: i
                                 best[j] = T.max(best[j], score[j * size + i])
                         best[n[1] - 1] = T.uint32(0xFFFFFFFF)
                         radix_blocks(b, t, n[1], best, best, Blocks)
+
+        if B * S == 1:
+            one(T.int64(0), spread)
+        else:
+            for m in T.parallel(B * S):
+                one(m, measure)
 
     return func
