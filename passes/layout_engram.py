@@ -72,7 +72,8 @@ class LayoutEngram(Pass):
             lookups that the hot region does not answer.
         tier: "disk" or "resident"; a session may choose otherwise.
 
-    Notes: under `layout_engram`, `tables` and `budget`.
+    Notes: under `layout_engram`, `tables`, `budget` and, with statistics, `hit_curve`: the share of the
+    counted lookups that the most asked-for rows of all tables answer, by the bytes of their records.
 
     Raises:
         PassError: an unknown tier, a budget that holds not one row or page, statistics of another table.
@@ -179,7 +180,21 @@ class LayoutEngram(Pass):
                 "expected_hit_rate": round(_hits(t, ids) / seen, 6) if seen else None,
             })  # fmt: skip
         budget = {"hot_bytes": self.hot_bytes, "cache_bytes": self.cache_bytes, "tier": self.tier}
-        return {"tables": rows, "budget": budget}
+        curve = _hit_curve(tables)
+        return {"tables": rows, "budget": budget, **({"hit_curve": curve} if curve else {})}
+
+
+def _hit_curve(tables: list[_Table]) -> list[dict[str, float]]:
+    """Lookups answered by rows kept in memory, at budgets that double up to what every counted row takes."""
+    counts = np.concatenate([t.counts for t in tables])
+    if not len(counts):
+        return []
+    size = np.concatenate([np.full(len(t.ids), t.record, np.int64) for t in tables])
+    order = np.argsort(-(counts / size), kind="stable")
+    bytes_, hits = np.cumsum(size[order]), np.cumsum(counts[order])
+    budgets = [PAGE << n for n in range(int(bytes_[-1]).bit_length()) if PAGE << n < bytes_[-1]]
+    found = [(b, np.searchsorted(bytes_, b, side="right")) for b in (*budgets, int(bytes_[-1]))]
+    return [{"bytes": b, "hit_rate": round(float(hits[n - 1] / hits[-1]), 6)} for b, n in found if n]
 
 
 def hoist(module: Module, ops: list[Op]) -> None:

@@ -222,7 +222,7 @@ def test_expert_mlp_rounds_products_hidden_values_and_sums_in_order() -> None:
 
 
 def test_expert_mlp_rounds_hidden_values_in_its_blocks() -> None:
-    """2^18 as large a value makes the others of its block subnormal, in steps of 128; else 101.5 becomes 104."""
+    """A value 2^18 as large makes 101.5 subnormal in its block, in steps of 128; else it becomes 104."""
     w13, inner = np.full((1, 8, 1), 1 + 2.0**-6, np.float32), 4
     w13[0, :inner, 0] = 100
     w13[0, inner, 0] = 2**18

@@ -164,7 +164,7 @@ def test_int8_keeps_most_of_the_likeliest_tokens(models: Models, folder: Path, t
     print(f"{target}: {agreement:.2f}")
     assert agreement > 0.6
     checks = {c.name: c for c in verify(session.artifact, threads=1)}
-    assert all(checks[f"block layers.{i}"].ok for i in range(4))  # ahead of the first choice that may flip
+    assert all(checks[f"block layers.{i}"].ok for i in range(3))  # ahead of the first choice that may flip
 
 
 # ----------------------------------------------------------------------------------- refusals

@@ -164,12 +164,12 @@ def baselines(quality: Facts) -> str:
 
 
 def hit_curve(points: Sequence[Facts]) -> str:
-    """Share of row lookups served from memory over the bytes of cache."""
+    """Share of row lookups served from memory over the bytes kept there."""
     fig, (axis,) = figure(2.6)
     axis.plot(
         [p["bytes"] / 2**20 for p in points], [100 * p["hit_rate"] for p in points], marker="o", color=ACCENT
     )
-    axis.set(xscale="log", xlabel="cache, MiB", ylabel="hits, %", ylim=(0, 102))
+    axis.set(xscale="log", xlabel="in memory, MiB", ylabel="hits, %", ylim=(0, 102))
     axis.grid(color=FAINT, linewidth=0.5)
     return svg(fig)
 

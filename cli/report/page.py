@@ -228,7 +228,11 @@ def _engram(meta: Facts, report: Facts, ceilings: Ceilings) -> str:
     head = ("table", "rows", "bytes a record", "hot rows", "hot", "directory", "cold", "expected hits")
     out = charts.tiers(tables) + table(head, rows, frozenset(range(1, 8)))
     points = report.get("hit_curve") or note.get("hit_curve")
-    return out + (charts.hit_curve(points) if points else "")
+    words = (
+        "Lookups of the counted text that the most asked-for rows of all tables answer, by the bytes of their "
+        "records in memory. Another text asks for other rows too: `dsv4c bench` measures."
+    )
+    return out + (text(words) + charts.hit_curve(points) if points else "")
 
 
 def _rate(value: float | None) -> str:
