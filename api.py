@@ -173,7 +173,7 @@ def lower(
     if not form.emits_parts:
         lowered.parts.clear()
     for part in lowered.parts.values():  # what is done to a text model is none of their business
-        run_pipeline(part, [p for p in choose_pipeline(form) if p.name != "plan_memory"])
+        run_pipeline(part, tuple(p for p in choose_pipeline(form) if p.name != "plan_memory"))
         _finish(part, chosen, form)
     if form.emits_parts and START in lowered.states:
         lowered.parts["encoder"] = encoder_part(lowered)

@@ -37,10 +37,12 @@ def main() -> None:
     parser.add_argument("--target", default="ascend:910c", help="ascend:910c, mlu:590, ...")
     parser.add_argument("--stages", type=int, default=16, help="devices; no more than layers are used")
     parser.add_argument("--context", type=int, default=8192)
-    parser.add_argument("--work", type=Path, help="an existing directory for checkpoint and artifact")
+    parser.add_argument("--work", type=Path, help="where checkpoint and artifact are made")
     parser.add_argument("--check", action="store_true", help="also hash every byte of the artifact")
     parser.add_argument("--keep", action="store_true", help="leave checkpoint and artifact there")
     options = parser.parse_args()
+    if options.work:
+        options.work.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="flash-shape-", dir=options.work))
     try:
         report = measure(work, options)

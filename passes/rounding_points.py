@@ -94,8 +94,8 @@ _RULES = {
         route_eps=True,
     ),
 }
-"""`meta["generation"]` of a module -> its rules. That attention's running maximum starts at -1e30 in V4.1 and at
--inf before changes no number, as a block without keys is passed over."""
+"""`meta["generation"]` of a module -> its rules. Attention's running maximum starts at -1e30 in V4.1 and
+at -inf before; that changes no number, as a block without keys is passed over."""
 
 
 def rules_of(generation: object) -> Rules:

@@ -7,6 +7,8 @@ import re
 from dsv4c.ir.graph import Op
 
 CLASSES = {
+    "vision": r"^(vision|aligner)\.|^image_",
+    "tables": r"\.engram\.embed(\.|$)",
     "experts": r"\.ffn\.experts\.",
     "shared": r"\.ffn\.shared_experts\.",
     "router": r"\.ffn\.gate(\.|$)",

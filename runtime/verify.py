@@ -88,8 +88,8 @@ def _tower(artifact: Artifact, session: Session) -> Arr:
     cell = int(session.model["vision"]["downsample"])
     plan = ImagePlan(0, 0, down, across, -(-down // cell), -(-across // cell))
     inputs = [artifact.array("golden.vision.patches")[None], *tower_indices(plan, cell)]
-    rows: Arr = session.backend.call_part("vision", inputs)["rows"]
-    return rows[0]
+    rows: Arr = session.backend.call_part("vision", inputs)["rows"][0]
+    return rows
 
 
 def _session(artifact: Artifact, count: int, threads: int | None, opener: Opener | None) -> Session:

@@ -60,7 +60,7 @@ def checkpoint_weights(module: Module) -> list[Facts]:
     """Bytes that the graph reads from the checkpoint, by class and stored format; each tensor once."""
     rows: list[tuple[str, str, int]] = []
     seen: set[str] = set()
-    for op in module.weights():
+    for op in (op for one in (module, *module.parts.values()) for op in one.weights()):
         kind = weight_class(op)
         for leaf in op.weight.sources() if op.weight else ():
             name = str(leaf.attr("name"))
@@ -75,7 +75,8 @@ def artifact_weights(lowered: Module, stored: Mapping[str, tuple[str, int]]) -> 
 
     A tensor belongs to the weight op whose location its name starts with.
     """
-    kinds = {op.loc: weight_class(op) for op in lowered.weights()}
+    modules = (lowered, *lowered.parts.values())
+    kinds = {op.loc: weight_class(op) for one in modules for op in one.weights()}
     rows = []
     for name, (form, nbytes) in stored.items():
         home = name

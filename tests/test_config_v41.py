@@ -244,7 +244,7 @@ TEXT_ERRORS: dict[str, tuple[Raw, tuple[str, ...]]] = {
     "ratio of the source": ({KV: [2, 5]}, (KV, "layer 4 with ratio 1", "layer 2 with ratio 2")),
     "ratio of the index": ({INDEX: [2, 6]}, (INDEX, "layer 4 with ratio 1", "layer 2 with ratio 2")),
     "candidate no source": ({CANDIDATE: 5}, (CANDIDATE, "5", "[2, 4, 6]")),
-    "candidate too early": ({CANDIDATE: 2}, (CANDIDATE, "2", "a layer from the last of kv_source_layer_ids on, 4")),
+    "candidate too early": ({CANDIDATE: 2}, (CANDIDATE, "2", "the last of kv_source_layer_ids on, 4")),
     "candidate text": ({CANDIDATE: "4"}, (CANDIDATE, "'4'", "-1 for none")),
     "candidate blocks": ({"candidate_topk_blocks": 0}, ("candidate_topk_blocks", "at least 1")),
     "candidate size": ({"candidate_block_size": ...}, ("'candidate_block_size' is missing",)),

@@ -19,7 +19,7 @@ F32 = npt.NDArray[np.float32]
 E4M3_FLOOR, E2M1_FLOOR = np.float32(1e-4), np.float32(6 * 2.0**-126)
 """The least amax of a block (section 7)."""
 E4M3_SCALE_FLOOR = np.float32(6 * 2.0**-9)
-"""The least amax of a block whose scale is an E4M3 number; that scale is the least of them (V4.1 section 3)."""
+"""The same where the scale is an E4M3 number: its least positive one, times 6 (V4.1, section 3)."""
 ONE_448TH, ONE_6TH = np.array([0x3B124925, 0x3E2AAAAB], np.uint32).view(np.float32)
 """1/448 and 1/6 as the reference's FP32 constants (section 3.1)."""
 

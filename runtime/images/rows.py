@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,5 +68,5 @@ class ImageFeed:
 
     def _count(self, tokens: Ints, n_valid: Ints) -> Ints:
         real = np.arange(tokens.shape[1]) < np.asarray(n_valid)[:, None]
-        counts: Any = ((tokens == self._token) & real).sum(axis=1)
-        return counts.astype(np.int32)
+        counts: Ints = ((tokens == self._token) & real).sum(axis=1, dtype=np.int32)
+        return counts
