@@ -9,8 +9,9 @@ READY  := $(VENV)/.dsv4c-dev
 ORACLE := $(VENV)/.dsv4c-oracle
 ASCEND := build/ascend-env/.dsv4c-ready
 DEMO   := build/kjv.dsv4
+V41    := build/v41
 
-.PHONY: setup demo test test-targets lint oracle bench clean
+.PHONY: setup demo v41 test test-targets lint oracle bench clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -36,6 +37,11 @@ demo: $(READY)
 	@mkdir -p $(dir $(DEMO))
 	$(BIN)/dsv4c compile examples/kjv/checkpoint --target cpu -o $(DEMO)
 	$(BIN)/dsv4c run $(DEMO) --prompt "In the beginning" --max-new-tokens 120 --temperature 0.7 --seed 7
+
+# A random DeepSeek-V4.1 model: text, an image, Engram tables on disk, a report.
+v41: $(READY)
+	rm -rf $(V41)
+	$(BIN)/python examples/v41/walk.py --output $(V41)
 
 lint: $(READY)
 	$(BIN)/ruff check .

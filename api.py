@@ -92,7 +92,7 @@ def evaluate(
     n_valid: npt.ArrayLike | None = None,
     precision: npt.DTypeLike = np.float32,
 ) -> npt.NDArray[Any]:
-    """The logits of a module by its meaning in NumPy, from a fresh state.
+    """The logits of a module by its meaning in NumPy, from a fresh state; of text, where it takes images.
 
     Args:
         tokens: [T] or [B,T] integers.
@@ -105,10 +105,27 @@ def evaluate(
     batch = ids[None] if ids.ndim == 1 else ids
     evaluator = Evaluator(module, precision=precision)
     valid = np.full(len(batch), batch.shape[1]) if n_valid is None else np.asarray(n_valid)
-    rows = np.tile(np.arange(batch.shape[1]), (len(batch), 1))
     state = evaluator.fresh_state(B=len(batch), ctx=batch.shape[1])
-    logits = evaluator({"tokens": batch, "n_valid": valid, "rows": rows}, state).outputs["logits"]
+    logits = evaluator(text_inputs(module, batch, valid), state).outputs["logits"]
     return logits[0] if ids.ndim == 1 else logits
+
+
+def text_inputs(
+    module: Module, tokens: npt.NDArray[Any], n_valid: npt.NDArray[Any]
+) -> dict[str, npt.NDArray[Any]]:
+    """The inputs of a step over text that asks for the logits of every token.
+
+    Args:
+        tokens: [B,T]; none of them stands for an image.
+        n_valid: [B] real tokens per row.
+    """
+    batch, length = tokens.shape
+    given = {"tokens": tokens, "n_valid": n_valid, "rows": np.tile(np.arange(length), (batch, 1))}
+    if "images" in module.inputs:
+        width = module.inputs["images"].type.shape[2]
+        assert isinstance(width, int)
+        given |= {"images": np.zeros((batch, 1, width), np.float32), "n_images": np.zeros(batch, np.int32)}
+    return given
 
 
 @dataclass(frozen=True)

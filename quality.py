@@ -204,7 +204,7 @@ def _streams(module: Module, ids: Arr, precision: npt.DTypeLike) -> dict[str, Ar
     """The streams after every block by its layer, and the logits."""
     evaluator = Evaluator(module, precision=precision, keep_weights=False)
     length = len(ids)
-    inputs = {"tokens": ids[None], "n_valid": np.array([length]), "rows": np.arange(length)[None]}
+    inputs = api.text_inputs(module, ids[None], np.array([length]))
     step = evaluator(inputs, evaluator.fresh_state(B=1, ctx=length), trace=True)
     values = {v: r for op, results in step.trace.items() for v, r in zip(op.results, results, strict=True)}
     found = {layer: values[v] for layer, v in stream_values(module).items()}

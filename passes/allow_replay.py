@@ -12,6 +12,7 @@ from dsv4c.ir.types import i32
 
 from .base import Pass
 from .cleanup import EliminateDeadCode
+from .instrument import INPUTS, PREFIX
 
 START = "replay.start"
 """The state with the first position that decoder layers have seen, [B]; 0 when they have seen all."""
@@ -81,6 +82,10 @@ def encoder_part(module: Module) -> Module:
 
 
 def _of_encoder(state: str, cut: int) -> bool:
+    for counter in (PREFIX, INPUTS):  # of `instrument`, beside what it counts
+        if state.startswith(counter):
+            words = state.removeprefix(counter).split(".")
+            return words[0] == "layers" and int(words[1]) < cut
     match state.split("."):
         case ["layers", layer, *rest]:
             return int(layer) < cut or (int(layer) == cut and rest != ["window"])

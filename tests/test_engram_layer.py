@@ -235,14 +235,17 @@ def test_a_negative_token_is_dead_as_well(layers: Any) -> None:
 
 @pytest.mark.parametrize(("preset", "table"), CASES[:3])
 def test_every_pass_keeps_the_meaning(layers: Any, preset: str, table: str) -> None:
-    lowered = api.lower(layers(preset, table).module, verify_passes=True)
-    assert {"engram_rows", "engram_gate", "ngram_rows"} <= {op.name for op in lowered.module.ops}
+    module = layers(preset, table).module
+    for passes, lookup in ((None, "engram_fetch"), ("without(layout_engram)", "engram_rows")):
+        lowered = api.lower(module, passes=passes, verify_passes=True)
+        assert {lookup, "engram_gate", "ngram_rows"} <= {op.name for op in lowered.module.ops}
 
 
-def test_the_table_is_stored_as_it_came(layers: Any) -> None:
+def test_the_table_is_stored_as_it_came(layers: Any, tmp_path: Path) -> None:
     """FP8 rows and their scales, byte for byte; nothing decodes a whole table."""
     layer: Layer = layers("prod", "fp8")
-    artifact = LayerSession(layer.artifact).artifact
+    path = api.compile(layer.module, output=tmp_path / "plain.dsv4", passes="without(layout_engram)")
+    artifact = LayerSession(path).artifact
     files = TensorFiles.open(layer.directory)
     for end in ("", ".scale"):
         found = artifact.array(f"layers.3.engram.embed{end}")

@@ -15,6 +15,7 @@ from test_model_harness import TOLERANCE, Arr, within
 from test_prune_experts import Edited
 
 import dsv4c
+from dsv4c import quality
 from dsv4c.api import lower
 from dsv4c.errors import PassError, UsageError
 from dsv4c.frontend.checkpoint import open_checkpoint
@@ -26,8 +27,10 @@ from dsv4c.ir.dtypes import DType
 from dsv4c.ir.graph import Module
 from dsv4c.ir.meaning import Evaluator
 from dsv4c.ir.text import print_module
+from dsv4c.ir.verify import verify
 from dsv4c.ir.weights import values
 from dsv4c.passes import parse_pipeline, run_pipeline
+from dsv4c.passes.instrument import PREFIX
 from dsv4c.passes.moe_layers import find_layers
 from dsv4c.passes.prune_experts import PruneExperts
 
@@ -247,3 +250,27 @@ def test_fused_graphs_mean_the_same(plain: Path, without: str) -> None:
     assert ("engram_fetch" in names) == (without != "layout_engram")
     merged = [op.loc for op in lowered.ops if op.loc.endswith("merged") and op.name == "linear"]
     assert bool(merged) == (without != "merge_projections")
+
+
+def test_counters_go_with_the_layers_that_they_count(module: Module) -> None:
+    """The encoder half of an instrumented model has no counter of a layer that it leaves out."""
+    lowered = lower(module, passes=quality.PASSES).module
+    encoder = lowered.parts["encoder"]
+    verify(encoder, None)
+    counted = {name for name in lowered.states if name.startswith(PREFIX)}
+    assert counted == {f"{PREFIX}layers.{i}.ffn" for i in range(8)}
+    assert {name for name in encoder.states if name.startswith(PREFIX)} == {
+        f"{PREFIX}layers.{i}.ffn" for i in range(4)
+    }
+    made = {v for op in encoder.ops for v in op.results} | set(encoder.arguments().values())
+    assert all(v in made for op in encoder.ops for v in op.operands), "nothing reads a state that is gone"
+
+
+def test_text_alone_can_be_evaluated_and_measured(module: Module) -> None:
+    tokens = [t for t in PROMPT if t != IMAGE]
+    found = dsv4c.evaluate(module, [tokens, tokens[::-1]], precision=np.float64)
+    assert found.shape == (2, 11, 512) and np.isfinite(found).all()
+    small = clone(module)
+    run_pipeline(small, (PruneExperts("random", keep=0.5, seed=3, layers=LAYER),))
+    errors = {e["layer"]: e["max"] for e in quality.error_by_layer(module, small, np.array(tokens))}
+    assert len(errors) == 9 and all(v == 0 for v in list(errors.values())[:2]) and errors["logits"] > 0

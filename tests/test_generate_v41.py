@@ -22,7 +22,6 @@ from dsv4c.frontend.generate_config import is_v41, published_config
 from dsv4c.frontend.table import Role, expected_tensors, ledger, published_dtype, scale_name
 from dsv4c.frontend.token_map import FILE, read_token_map, token_map
 from dsv4c.ir.dtypes import DType, decode
-from dsv4c.ir.meaning import Evaluator
 
 TINY = PRESETS["tiny-v41"]
 KJV = ROOT / "examples" / "kjv" / "checkpoint" / "tokenizer.json"
@@ -59,15 +58,7 @@ def raw(c: Checkpoint) -> dict[str, bytes]:
 
 def logits(root: Path, tokens: list[int]) -> Arr:
     """By the evaluator, of a text without images."""
-    module = dsv4c.load_checkpoint(root)
-    evaluator, count = Evaluator(module), len(tokens)
-    width = int(module.meta["hidden_size"])  # type: ignore[call-overload]
-    inputs = {
-        "tokens": np.array([tokens]), "n_valid": np.array([count]), "rows": np.arange(count)[None],
-        "images": np.zeros((1, 1, width), np.float32), "n_images": np.array([0]),
-    }  # fmt: skip
-    done = evaluator({n: inputs[n] for n in module.inputs}, evaluator.fresh_state(B=1, ctx=count))
-    return np.asarray(done.outputs["logits"][0])
+    return dsv4c.evaluate(dsv4c.load_checkpoint(root), tokens)
 
 
 # ------------------------------------------------------------------------------------- complete

@@ -98,6 +98,13 @@ def test_the_most_wanted_rows_are_hot(layer: Module, folder: Path, statistics: P
     best = np.sort(counts)[::-1][:100].sum() / counts.sum()
     assert table["expected_hit_rate"] == pytest.approx(best, abs=1e-6) and 0.1 < best < 1
     assert notes["budget"] == {"hot_bytes": directory + 4847, "cache_bytes": 50_000, "tier": "disk"}
+    curve = notes["hit_curve"]
+    assert [p["bytes"] for p in curve[:-1]] == [PAGE << n for n in range(len(curve) - 1)]
+    assert curve[-1] == {"bytes": RECORD * len(ids), "hit_rate": 1.0} and len(curve) > 2
+    for point in curve:  # by sorting, which the pass does by its own order of worth
+        best = np.sort(counts)[::-1][: point["bytes"] // RECORD].sum() / counts.sum()
+        assert point["hit_rate"] == pytest.approx(best, abs=1e-6)
+    assert "hit_curve" not in laid(layer)
     everything = laid(layer, stats=str(statistics), hot_bytes=10**9)["tables"][0]
     assert everything["hot_rows"] == len(ids) and everything["expected_hit_rate"] == 1.0  # no unseen row
 

@@ -52,8 +52,9 @@ def test_classes_by_location() -> None:
         "layers.1.attn.indexer.compressor.wkv.weight": "compressor", "layers.1.attn.wo_a.weight": "attention",
         "layers.1.attn.q_norm.weight": "norms", "layers.1.attn_norm.weight": "norms", "norm.weight": "norms",
         "layers.1.hc_attn_fn": "hyper", "hc_head_base": "hyper", "embed.weight": "embedding",
-        "layers.1.engram.kv": "engram", "layers.1.engram.embed": "other", "layers.1.engram.q_norm": "norms",
-        "head.weight": "head", "rope.window": "other",
+        "layers.1.engram.kv": "engram", "layers.1.engram.embed": "tables", "layers.1.engram.q_norm": "norms",
+        "head.weight": "head", "rope.window": "other", "layers.1.engram.embed.hot": "tables",
+            "vision.blocks.0.attn.wo.weight": "vision", "image_start": "vision",
     }  # fmt: skip
     assert {loc: class_of(loc) for loc in found} == found
     assert set(OPTION_OF) < set(CLASSES)

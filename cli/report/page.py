@@ -229,8 +229,8 @@ def _engram(meta: Facts, report: Facts, ceilings: Ceilings) -> str:
     out = charts.tiers(tables) + table(head, rows, frozenset(range(1, 8)))
     points = report.get("hit_curve") or note.get("hit_curve")
     words = (
-        "Lookups of the counted text that the most asked-for rows of all tables answer, by the bytes of their "
-        "records in memory. Another text asks for other rows too: `dsv4c bench` measures."
+        "Lookups of the counted text that the most asked-for rows of all tables answer, by the bytes of "
+        "their records in memory. Another text asks for other rows too."
     )
     return out + (text(words) + charts.hit_curve(points) if points else "")
 
