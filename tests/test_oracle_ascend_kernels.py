@@ -16,6 +16,7 @@ from support import Arr, assert_close, ints, normal
 from dsv4c.errors import CompileError
 from dsv4c.ir.dtypes import bf16_to_f32, f32_to_bf16
 from dsv4c.ir.meaning.evaluator import meaning_of
+from dsv4c.ir.ops import OPS
 from dsv4c.targets.ascend.kernels.routing import route
 from dsv4c.targets.ascend.kernels.table import KERNELS, SOCS, kernel
 from dsv4c.targets.ascend.kernels.toolchain import DEFAULT, Overflow, Request, Stage, Toolchain
@@ -37,11 +38,11 @@ def tools() -> Toolchain:
 
 
 def meant(name: str, *operands: Arr, **attrs: Any) -> tuple[Arr, ...]:
-    """The meaning of an op in float64."""
-    function = meaning_of(name)
+    """The meaning of an op in float64, attributes not named at their defaults."""
+    function, declared = meaning_of(name), {a.name: a.default for a in OPS[name].attrs}
     assert function is not None
     wide = [x.astype(np.float64) if x.dtype.kind == "f" else x for x in operands]
-    found = function(SimpleNamespace(attrs=attrs), *wide)
+    found = function(SimpleNamespace(attrs=declared | attrs), *wide)
     return found if isinstance(found, tuple) else (found,)
 
 

@@ -14,7 +14,7 @@ from dsv4c.ir.weights import WeightExpr
 
 from . import matrix
 from .context import Context, ints
-from .kernels import attend, compress, dense, hyper, route, rowwise, select, state, statistics, vision
+from .kernels import attend, compress, dense, hyper, route, rowwise, select, state, statistics
 from .kernels.product import panel_width
 from .lowering_engram import ENGRAM_LOWERINGS
 from .lowering_engram_store import ENGRAM_STORE_LOWERINGS
@@ -150,8 +150,8 @@ def rope_angles(c: Context, op: Op) -> None:
 
 def rotary(c: Context, op: Op) -> None:
     heads, d = _rows_of(op)
-    kernel = vision.rotary_halves if op.attrs["halves"] else rowwise.rotary
-    c.lower(op, kernel, heads, d, ints(op.operands[1])[-1], op.attrs["inverse"])
+    attrs = op.attrs["inverse"], op.attrs["halves"]
+    c.lower(op, rowwise.rotary, heads, d, ints(op.operands[1])[-1], *attrs)
 
 
 def position_bias(c: Context, op: Op) -> None:

@@ -187,9 +187,13 @@ def rope_angles(half: int):
     return func
 
 
-def rotary(heads: int | None, d: int, half: int, inverse: bool):
-    """X [B,N,(heads,)d] with its last 2*half channels rotated by cos, sin [B,N,half]."""
+def rotary(heads: int | None, d: int, half: int, inverse: bool, halves: bool = False):
+    """X [B,N,(heads,)d] with its last 2*half channels rotated by cos, sin [B,N,half].
+
+    Adjacent channels are a pair; with `halves` channel i and channel i + half.
+    """
     sign, start, inner = (-1.0 if inverse else 1.0), d - 2 * half, heads or 1
+    step, apart = (1, half) if halves else (2, 1)
 
     @T.prim_func(s_tir=True)
     def func(x: T.handle, c: T.handle, s: T.handle, y: T.handle):
@@ -206,17 +210,20 @@ def rotary(heads: int | None, d: int, half: int, inverse: bool):
         Yf = T.decl_buffer((B * N * inner * d,), "float32", data=Y.data)
 
         @T.inline
+        def pair(first, second, angle):
+            Yf[first] = Xf[first] * Cf[angle] - Xf[second] * Sf[angle] * T.float32(sign)
+            Yf[second] = Xf[first] * Sf[angle] * T.float32(sign) + Xf[second] * Cf[angle]
+
+        @T.inline
         def turn(m):
             for h in T.serial(inner):
                 for j in T.serial(start):
                     Yf[(m * inner + h) * d + j] = Xf[(m * inner + h) * d + j]
                 for j in T.serial(half):
-                    Yf[(m * inner + h) * d + start + 2 * j] = Xf[(m * inner + h) * d + start + 2 * j] * Cf[
-                        m * half + j
-                    ] - Xf[(m * inner + h) * d + start + 2 * j + 1] * Sf[m * half + j] * T.float32(sign)
-                    Yf[(m * inner + h) * d + start + 2 * j + 1] = (
-                        Xf[(m * inner + h) * d + start + 2 * j] * Sf[m * half + j] * T.float32(sign)
-                        + Xf[(m * inner + h) * d + start + 2 * j + 1] * Cf[m * half + j]
+                    pair(
+                        (m * inner + h) * d + start + step * j,
+                        (m * inner + h) * d + start + step * j + apart,
+                        m * half + j,
                     )
 
         if B * N == 1:

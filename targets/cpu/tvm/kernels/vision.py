@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from .vec import LANES, ramp, shape, splat, zeros
+from .vec import LANES, ramp, splat, zeros
 
 KEYS = 12
 """Keys met at a time: their logits are below the kilobyte up to which buffers live in registers."""
@@ -26,39 +26,6 @@ def grid_angles(quarter: int):
         for b, i, a, j in T.grid(B, N, 2, quarter):
             C[b, i, a * quarter + j] = T.cos(T.cast(P[b, i, a], "float32") * F[j])
             Sn[b, i, a * quarter + j] = T.sin(T.cast(P[b, i, a], "float32") * F[j])
-
-    return func
-
-
-def rotary_halves(heads: int | None, d: int, half: int, inverse: bool):
-    """X [B,N,(heads,)d]: channel i of the last 2*half turned with channel i + half by cos, sin [B,N,half]."""
-    sign, start, inner = (-1.0 if inverse else 1.0), d - 2 * half, heads or 1
-
-    @T.prim_func(s_tir=True)
-    def func(x: T.handle, c: T.handle, s: T.handle, y: T.handle):
-        T.func_attr({"tir.noalias": True})
-        B = T.int64()
-        N = T.int64()
-        X = T.match_buffer(x, shape(B, N, heads, d), "float32")
-        C = T.match_buffer(c, (B, N, half), "float32")
-        Sn = T.match_buffer(s, (B, N, half), "float32")
-        Y = T.match_buffer(y, shape(B, N, heads, d), "float32")
-        Xf = T.decl_buffer((B * N * inner * d,), "float32", data=X.data)
-        Cf = T.decl_buffer((B * N * half,), "float32", data=C.data)
-        Sf = T.decl_buffer((B * N * half,), "float32", data=Sn.data)
-        Yf = T.decl_buffer((B * N * inner * d,), "float32", data=Y.data)
-        for m in T.parallel(B * N):
-            for h in T.serial(inner):
-                for j in T.serial(start):
-                    Yf[(m * inner + h) * d + j] = Xf[(m * inner + h) * d + j]
-                for j in T.serial(half):
-                    Yf[(m * inner + h) * d + start + j] = Xf[(m * inner + h) * d + start + j] * Cf[
-                        m * half + j
-                    ] - Xf[(m * inner + h) * d + start + half + j] * Sf[m * half + j] * T.float32(sign)
-                    Yf[(m * inner + h) * d + start + half + j] = (
-                        Xf[(m * inner + h) * d + start + j] * Sf[m * half + j] * T.float32(sign)
-                        + Xf[(m * inner + h) * d + start + half + j] * Cf[m * half + j]
-                    )
 
     return func
 
