@@ -130,7 +130,7 @@ def main() -> None:
         "ratio": round(statistics.median(ratios), 4),
         "tables": counts,
     }
-    name = f"{datetime.now(UTC):%Y-%m-%d}-v41-engram-{a.hidden}x{a.layers}.json"
+    name = f"{datetime.now(UTC):%Y-%m-%d}-v41-engram-{a.hidden}x{a.layers}-{a.rows}-rows.json"
     output = a.output or Path(__file__).with_name("results") / name
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(
