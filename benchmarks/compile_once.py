@@ -1,47 +1,43 @@
-"""Compiles one checkpoint; prints, as JSON, the peak of the process's own memory, mapped files left out."""
+"""Compiles one checkpoint; prints, as JSON, seconds, the peak of own memory, and what a token costs.
+
+    python benchmarks/compile_once.py CHECKPOINT OUTPUT FORMAT NUMERICS [PASSES]
+
+Costs are those of the artifact's own report: bytes of weights in their stored formats that a token reads, and
+multiplications and additions of a prompt of 512 tokens.
+"""
 
 from __future__ import annotations
 
 import json
-import re
 import sys
-import threading
 import time
 from pathlib import Path
 
+from own_memory import PeakMemory
+
 import dsv4c
-
-
-def own_bytes() -> int:
-    """Anonymous resident memory of this process."""
-    text = Path("/proc/self/status").read_text()
-    return int(re.search(r"RssAnon:\s+(\d+) kB", text)[1]) * 1024  # type: ignore[index]
+from dsv4c.runtime import Artifact
 
 
 def main() -> None:
-    checkpoint, output, name = sys.argv[1:4]
-    peak, done = [0], threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            peak[0] = max(peak[0], own_bytes())
-            time.sleep(0.02)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    format_, _, storage = name.partition("-")
-    passes = None
-    if storage == "f32" and format_ == "tvm":
-        passes = (
-            "merge_common_subexpressions,fuse_swiglu,fuse_index_select,fuse_expert_gemms,"
-            + 'narrow_weights{storage="f32"}'
+    checkpoint, output, format_, numerics, *passes = sys.argv[1:]
+    started = time.perf_counter()
+    with PeakMemory() as memory:
+        dsv4c.compile(
+            checkpoint, output=output, format=format_, numerics=numerics, passes=passes[0] if passes else None
         )
-    try:
-        dsv4c.compile(checkpoint, output=output, format=format_, passes=passes)
-    finally:
-        done.set()
-        watcher.join()
-    print(json.dumps({"peak_own_bytes": peak[0]}))
+    seconds = time.perf_counter() - started
+    cost = Artifact.open(output).meta["report"]["cost"]
+    facts = {
+        "path": output,
+        "bytes": Path(output).stat().st_size,
+        "seconds": seconds,
+        "peak_own_bytes": memory.own_bytes,
+        "token_bytes": sum(op["weight_bytes"] for op in cost["decode"]["ops"].values()),
+        "prompt_tokens": cost["prefill"]["tokens"],
+        "prompt_flops": sum(op["flops"] for op in cost["prefill"]["ops"].values()),
+    }
+    print(json.dumps(facts))
 
 
 if __name__ == "__main__":

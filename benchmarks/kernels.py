@@ -170,7 +170,8 @@ def stored(scheme: str, count: int, n: int, k: int, width: int) -> tuple[Any, li
     s, simd, one = SCHEMES[scheme], simd_of(parse_target("cpu")[1]), np.ones(1, np.float32)
     found = encode(normal(n, k) * np.float32(k**-0.5), s)
     if s.plain:
-        return Packing(s.code, simd=simd), [made(w.panel, found.codes, s.code, width, count), one, one]
+        layout = w.panel if s.code is DType.F32 else layouts.lane_words
+        return Packing(s.code, simd=simd), [made(layout, found.codes, s.code, width, count), one, one]
     assert s.scale is not None
     codes = made(layouts.lane_words, found.codes, s.code, width, count)
     rows = np.repeat(found.scales, s.block[0] or n, axis=0)[:n]

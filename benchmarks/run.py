@@ -1,9 +1,11 @@
-"""Side by side on this CPU: dsv4c and transformers on one random checkpoint, in one run.
+"""Side by side on this CPU: dsv4c, llama.cpp and transformers on one random checkpoint, in one run.
 
-    make oracle && make bench
+    make oracle rivals && make bench
 
-Every round measures each program once, in turn; the table gives medians over the rounds and ratios to
-transformers in float32. Results with the machine's description go to `benchmarks/results/`.
+Programs that hold the weights in formats of about the same size form a group (`groups.py`). Every round
+measures the machine's ceilings and each program of a group once, in turn; figures are medians of the rounds.
+What takes long is measured afterwards, artifact by artifact. Prints whether the goals are met, and writes the
+report as JSON, the tables as Markdown and a chart as SVG to `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -13,140 +15,190 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import alone
 import numpy as np
-from protocol import Worker
+from goals import evaluate, goals_table, programs_table
+from groups import Group, chosen, pairs_of
+from plot import bar_chart
+from prepare import POSITIONS, make_artifacts, make_checkpoint, make_gguf
+from protocol import Worker, unpacked_logits
+
+from dsv4c.targets import TARGETS
 
 HERE = Path(__file__).parent
+RIVALS = HERE.parent / "build" / "rivals-env" / "bin" / "python"
+CONTEXT = 1024
+SPEEDS = ("prefill", "decode", "batch")
+COSTS = ("storage", "numerics", "token_bytes", "prompt_tokens", "prompt_flops")
+REFERENCE = "transformers float32:eager"
+
+Facts = dict[str, Any]
+Rounds = dict[str, list[dict[str, float]]]
 
 
 def main() -> None:
+    options = arguments()
+    directory = Path(options.dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    groups = chosen(options.only)
+    checkpoint = make_checkpoint(directory, options.preset, POSITIONS)
+    offered = list(TARGETS["cpu"].numerics)
+    pairs = [pair for group in groups for pair in pairs_of(group, offered)]
+    artifacts = make_artifacts(checkpoint, directory, pairs, options.reuse)
+    report: Facts = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(),
+        "options": vars(options), "compile": artifacts, "programs": [], "ceilings": {},
+    }  # fmt: skip
+    reference = None
+    for group in groups:
+        mine = {name: a for name, a in artifacts.items() if a["storage"] in group.storages}
+        workers = start(group, mine, checkpoint, options)
+        try:
+            logits = {w.name: unpacked_logits(w.measure("logits", options.prefill)) for w in workers}
+            reference = logits.get(REFERENCE) if reference is None else reference
+            errors = errors_of(logits, reference, group)
+            rounds, ceilings = measure(workers, options)
+        finally:
+            for worker in workers:
+                worker.close()
+        report["programs"] += [
+            summary(group, name, runs, errors[name], mine.get(name, {})) for name, runs in rounds.items()
+        ]
+        report["ceilings"][group.name] = ceilings
+    if not options.quick:
+        report |= alone.measure_all(artifacts, options.long.split(","), options.threads)
+    write(report, options)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--preset", default="small", help="size of the random model: tiny or small (1.4 billion)"
-    )
-    parser.add_argument("--prefill", type=int, default=512, help="prompt tokens")
-    parser.add_argument("--decode", type=int, default=32, help="tokens decoded per round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--dir", default="build/bench", help="where checkpoint and artifacts go (about 6 GB for small)"
-    )
-    parser.add_argument("--formats", default="tvm-bf16,tvm-f32", help="of tvm-bf16, tvm-f32, onnx")
-    parser.add_argument(
-        "--rivals", default="float32:eager,bfloat16:eager", help="transformers dtype:experts, comma-separated"
-    )
-    options = parser.parse_args()
-    directory = Path(options.dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    checkpoint = make_checkpoint(directory, options.preset)
-    compiled = {name: compile_artifact(checkpoint, directory, name) for name in split(options.formats)}
-    workers = [
-        Worker(f"dsv4c {n}", "worker_dsv4c.py", c["path"], str(options.threads)) for n, c in compiled.items()
-    ] + [
-        Worker(
-            f"transformers {r}",
-            "worker_transformers.py",
-            str(checkpoint),
-            str(options.threads),
-            *r.split(":"),
-        )
-        for r in split(options.rivals)
-    ]
-    results = measure(workers, options)
-    report = {"machine": machine(), "options": vars(options), "compile": compiled, "results": results}
-    stamp = datetime.now(UTC).strftime("%Y-%m-%d")
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / f"{stamp}-{options.preset}.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(table(results))
+    add = parser.add_argument
+    add("--preset", default="small", help="size of the random model")
+    add("--prefill", type=int, default=512, help="prompt tokens")
+    add("--decode", type=int, default=32, help="tokens decoded per round")
+    add("--batch", type=int, default=8, help="tokens decoded per round in each of eight rows")
+    add("--rounds", type=int, default=5)
+    add("--threads", type=int, default=2)
+    add("--dir", default="build/bench", help="where the files go (about 30 GB for small)")
+    add("--only", default="", help="names of groups, comma-separated: F32,BF16,...")
+    add("--reuse", action="store_true", help="keep artifacts of an earlier run")
+    add("--quick", action="store_true", help="leave out what is measured alone, after the rounds")
+    add("--no-rivals", dest="rivals", action="store_false", help="leave out llama.cpp and transformers")
+    add("--long", default="dsv4c bf16 exact,dsv4c published exact", help="artifacts that read a long prompt")
+    add("--name", default="cpu", help="of the result files")
+    return parser.parse_args()
 
 
-def split(text: str) -> list[str]:
-    return [part for part in text.split(",") if part]
+def start(
+    group: Group, artifacts: dict[str, Facts], checkpoint: Path, options: argparse.Namespace
+) -> list[Worker]:
+    """One process for each program of a group; those that need much memory while they load come first."""
+    threads = options.threads
+    workers = []
+    for how in group.transformers if options.rivals else ():
+        given = (str(checkpoint), str(threads), *how.split(":"))
+        workers.append(Worker(f"transformers {how}", "worker_transformers.py", *given, threads=threads))
+    if options.rivals:
+        python = str(RIVALS)
+        path = make_gguf(checkpoint, Path(options.dir), group.gguf, python)
+        given = (str(path), str(threads), str(CONTEXT))
+        name = f"llama.cpp {group.gguf}"
+        workers.append(Worker(name, "worker_llama.py", *given, python=python, threads=threads))
+    for name, a in artifacts.items():
+        workers.append(Worker(name, "worker_dsv4c.py", a["path"], str(threads), str(CONTEXT)))
+    return workers
 
 
-def make_checkpoint(directory: Path, preset: str) -> Path:
-    """The random model in BF16, as transformers saves it, so that both programs read the same files."""
-    path = directory / f"{preset}-bf16"
-    if not (path / "config.json").exists():
-        command = [
-            "-m",
-            "dsv4c.frontend.generate",
-            str(path),
-            "--preset",
-            preset,
-            "--dtype",
-            "bf16",
-            "--style",
-            "saved",
-        ]
-        subprocess.run([sys.executable, *command], check=True)
-    return path
+def errors_of(
+    logits: dict[str, np.ndarray], reference: np.ndarray | None, group: Group
+) -> dict[str, float | None]:
+    """Root mean square difference from the reference over its own, of the last token's logits.
+
+    Raises:
+        SystemExit: a program's is beyond what its format explains.
+    """
+    if reference is None:
+        return dict.fromkeys(logits)
+    size = float(np.sqrt(np.mean(np.square(reference))))
+    errors = {n: float(np.sqrt(np.mean(np.square(x - reference)))) / size for n, x in logits.items()}
+    print(f"{group.name}: logits differ from {REFERENCE} by {errors}", file=sys.stderr, flush=True)
+    if wrong := {n: e for n, e in errors.items() if not e <= group.error}:
+        raise SystemExit(f"{group.name}: {wrong}, allowed: {group.error}; not the same model")
+    return errors
 
 
-def compile_artifact(checkpoint: Path, directory: Path, name: str) -> dict[str, Any]:
-    """Compile in a process of its own; returns path, seconds and peak memory beyond mapped files."""
-    output = directory / f"{checkpoint.name}-{name}.dsv4"
-    command = [sys.executable, str(HERE / "compile_once.py"), str(checkpoint), str(output), name]
-    start = time.perf_counter()
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    facts = json.loads(done.stdout.splitlines()[-1])
+def measure(workers: list[Worker], options: argparse.Namespace) -> tuple[Rounds, dict[str, float]]:
+    """Every round of every worker; the medians of the ceilings that were measured between them."""
+    ceilings = Worker("ceilings", "worker_ceilings.py", str(options.threads), threads=options.threads)
+    rounds: Rounds = {w.name: [] for w in workers}
+    limits: dict[str, list[float]] = {"read": [], "gemm": []}
+    try:
+        for worker in workers:  # warm: first calls touch every page and settle caches
+            worker.measure("prefill", options.prefill)
+            worker.measure("decode", 4)
+            if worker.name.startswith("dsv4c"):
+                worker.measure("fill", options.prefill)
+        for turn in range(options.rounds):
+            limits["read"].append(ceilings.measure("read", 5)["gb_per_s"])
+            limits["gemm"].append(ceilings.measure("gemm", 3)["gflop_per_s"])
+            for worker in workers[turn % len(workers) :] + workers[: turn % len(workers)]:
+                rounds[worker.name].append(one_round(worker, options))
+    finally:
+        ceilings.close()
+    return rounds, {name: statistics.median(values) for name, values in limits.items()}
+
+
+def one_round(worker: Worker, options: argparse.Namespace) -> dict[str, float]:
+    prefill = worker.measure("prefill", options.prefill)
+    decode = worker.measure("decode", options.decode)
+    found = {
+        "prefill": options.prefill / prefill["seconds"], "decode": options.decode / decode["seconds"],
+        "peak_bytes": decode["peak_bytes"], "major_faults": prefill["major_faults"] + decode["major_faults"],
+    }  # fmt: skip
+    if worker.name.startswith("dsv4c"):
+        batch = worker.measure("batch", options.batch)
+        found["batch"] = batch["rows"] * options.batch / batch["seconds"]
+    return found
+
+
+def summary(
+    group: Group, name: str, rounds: list[dict[str, float]], error: float | None, artifact: Facts
+) -> Facts:
+    speeds = {k: statistics.median(r[k] for r in rounds) for k in SPEEDS if k in rounds[0]}
+    costs = {k: artifact[k] for k in COSTS if k in artifact}
     return {
-        "path": str(output),
-        "seconds": time.perf_counter() - start,
-        "bytes": output.stat().st_size,
-        **facts,
-    }
+        "group": group.name, "program": name.split(" ")[0], "name": name, **speeds, **costs, "error": error,
+        "peak_bytes": max(r["peak_bytes"] for r in rounds),
+        "major_faults": int(sum(r["major_faults"] for r in rounds)), "rounds": rounds,
+    }  # fmt: skip
 
 
-def measure(workers: list[Worker], options: argparse.Namespace) -> list[dict[str, Any]]:
-    rounds: dict[str, list[dict[str, float]]] = {w.name: [] for w in workers}
-    for worker in workers:  # warm: first calls touch every page and settle caches
-        worker.measure("prefill", options.prefill)
-        worker.measure("decode", 4)
-    peaks = {}
-    for _ in range(options.rounds):
-        for worker in workers:
-            prefill, decode = (worker.measure(w, getattr(options, w)) for w in ("prefill", "decode"))
-            rounds[worker.name].append({
-                "prefill": options.prefill / prefill["seconds"], "decode": options.decode / decode["seconds"],
-            })  # fmt: skip
-            peaks[worker.name] = decode["peak_bytes"]
-    for worker in workers:
-        worker.close()
-    return [
-        {
-            "program": name, "peak_bytes": peaks[name],
-            **{what: statistics.median(r[what] for r in runs) for what in ("prefill", "decode")},
-            "rounds": runs,
-        }
-        for name, runs in rounds.items()
-    ]  # fmt: skip
+def write(report: Facts, options: argparse.Namespace) -> None:
+    """The report and its views; those of one day and name replace each other."""
+    lines = evaluate(report)
+    report["goals"] = [vars(line) for line in lines]
+    title = f"{options.preset}, {options.threads} threads, {report['machine']['cpu']}, {report['date'][:10]}"
+    tables = f"{programs_table(report['programs'])}\n\n{goals_table(lines)}\n"
+    results = HERE / "results"
+    results.mkdir(exist_ok=True)
+    stem = f"{report['date'][:10]}-{options.name}"
+    (results / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (results / f"{stem}.md").write_text(f"# {title}\n\n{tables}", encoding="utf-8")
+    chart = bar_chart(report["programs"], report["ceilings"], title, options.prefill)
+    (results / f"{stem}.svg").write_text(chart, encoding="utf-8")
+    print(tables)
+    print(f"ceilings: {report['ceilings']}")
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    base = next((r for r in results if r["program"].startswith("transformers float32")), results[0])
-    lines = [
-        "| program | prefill tok/s | decode tok/s | prefill ratio | decode ratio | peak GB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for r in results:
-        ratios = [f"{r[w] / base[w]:.2f}" for w in ("prefill", "decode")]
-        rates = [f"{r['prefill']:.1f}", f"{r['decode']:.2f}"]
-        cells = [r["program"], *rates, *ratios, f"{r['peak_bytes'] / 1e9:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def machine() -> dict[str, Any]:
+def machine() -> Facts:
     """What the numbers were measured on, with the read bandwidth of that moment."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []

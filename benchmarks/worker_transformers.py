@@ -1,4 +1,7 @@
-"""Measures transformers on the same checkpoint; obeys lines on standard input (see `protocol`)."""
+"""Measures transformers on the same checkpoint; obeys lines on standard input (see `protocol`).
+
+    worker_transformers.py CHECKPOINT THREADS DTYPE EXPERTS
+"""
 
 from __future__ import annotations
 
@@ -6,32 +9,40 @@ import sys
 from typing import Any
 
 import torch
-from protocol import serve
+from protocol import Result, packed_logits, serve, token_ids
 from transformers import DeepseekV4ForCausalLM
+from transformers.utils import logging
 
 
 def main() -> None:
     path, threads, dtype, experts = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    logging.disable_progress_bar()
     torch.set_num_threads(threads)
     model = DeepseekV4ForCausalLM.from_pretrained(
         path, dtype=getattr(torch, dtype), experts_implementation=experts, attn_implementation="eager"
     ).eval()
+    vocab = int(model.config.vocab_size)
     cache: list[Any] = [None]
-    generator = torch.Generator().manual_seed(7)
 
     @torch.no_grad()
+    def step(tokens: list[int]) -> Any:
+        out = model(torch.tensor([tokens]), past_key_values=cache[0], use_cache=True, logits_to_keep=1)
+        cache[0] = out.past_key_values
+        return out.logits[0, -1]
+
     def prefill(tokens: int) -> None:
-        prompt = torch.randint(2, model.config.vocab_size, (1, tokens), generator=generator)
-        cache[0] = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+        cache[0] = None
+        step(token_ids(tokens, vocab))
 
-    @torch.no_grad()
     def decode(tokens: int) -> None:
-        for token in torch.randint(2, model.config.vocab_size, (tokens, 1, 1), generator=generator):
-            cache[0] = model(
-                token, past_key_values=cache[0], use_cache=True, logits_to_keep=1
-            ).past_key_values
+        for token in token_ids(tokens, vocab):
+            step([token])
 
-    serve(prefill, decode)
+    def logits(tokens: int) -> Result:
+        cache[0] = None
+        return packed_logits(step(token_ids(tokens, vocab)).float().numpy())
+
+    serve({"prefill": prefill, "decode": decode, "logits": logits})
 
 
 if __name__ == "__main__":

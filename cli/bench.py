@@ -7,6 +7,8 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,13 @@ import numpy.typing as npt
 
 from dsv4c.errors import UsageError
 from dsv4c.runtime import Artifact, Session
+from dsv4c.runtime.profile import can_profile, check_profile
 from dsv4c.runtime.replay import exact_tokens, parse_prefill
 from dsv4c.runtime.session import DEFAULT_CHUNK
 
 from .base import (
     Command,
+    check_directory_of,
     integer,
     json_option,
     prefill_option,
@@ -26,9 +30,11 @@ from .base import (
     tables_of,
     threads_option,
 )
+from .bench_profile import Profiles, profile_text
 from .progress import Bars
 from .show import as_json, rate, size, table
 
+PHASES = ("prefill", "decode")
 SETTINGS = ("prompt_tokens", "decode_tokens", "repeat", "batch", "chunk", "threads")
 Ids = npt.NDArray[np.int32]
 
@@ -48,6 +54,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunk", type=integer(1), default=DEFAULT_CHUNK, metavar="N", help="prompt tokens per step"
     )
+    parser.add_argument(
+        "--profile", action="store_true",
+        help="time every kernel, by op and by layer, against what the machine can do (format tvm)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--html", metavar="OUT",
+        help="write the page of dsv4c report with what was measured; with a profile where there can be one",
+    )  # fmt: skip
     threads_option(parser)
     prefill_option(parser)
     table_options(parser)
@@ -57,6 +71,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     artifact = Artifact.open(args.file)
+    if args.html:
+        check_directory_of(args.html, "the page")
+    if args.profile:
+        check_profile(artifact)
     context = _context(artifact, args)
     session = Session(artifact, args.batch, context, args.threads, tables_of(args))
     load = time.perf_counter() - started
@@ -66,17 +84,38 @@ def _run(args: argparse.Namespace) -> int:
     prompt, rest = ids[:, : args.prompt_tokens], ids[:, args.prompt_tokens :]
     replay = parse_prefill(args.prefill, artifact)
     _once(session, prompt[:, : args.chunk], rest[:, :1], args.chunk, replay)  # loads pages and plans
+    profiles = Profiles(session) if args.profile or (args.html and can_profile(artifact)) else None
     runs = []
     with Bars() as bars:
         for done in range(args.repeat):
             bars("runs", done, args.repeat)
             runs.append(_once(session, prompt, rest, args.chunk, replay))
+            if profiles:
+                _once(session, prompt, rest, args.chunk, replay, profiles.phase)
         bars("runs", args.repeat, args.repeat)
     facts = _facts(args, session, load, runs)
     if replay is not None:
         facts["replay"] = _replay_error(session, prompt, rest, args.chunk, replay)
+    if profiles:
+        plain = dict(zip(PHASES, zip(*runs, strict=True), strict=True))
+        facts["profile"] = profiles.facts(args.threads, plain)
+    if args.html:
+        _write_page(artifact, args.html, facts)
     print(as_json(facts) if args.json else _text(facts))
     return 0
+
+
+def _write_page(artifact: Artifact, path: str, facts: dict[str, Any]) -> None:
+    from .report import write_report
+    from .report.ceilings import Ceilings
+
+    found = facts.get("profile", {}).get("ceilings")
+    ceilings = found and Ceilings(
+        found["flops_per_second"], found["bytes_per_second"],
+        f"measured in this run, {found['threads']} threads",
+    )  # fmt: skip
+    artifact.meta["report"]["bench"] = facts
+    write_report(artifact, path, ceilings)
 
 
 def _context(artifact: Artifact, args: argparse.Namespace) -> int:
@@ -111,23 +150,31 @@ def _replay_error(session: Session, prompt: Ids, rest: Ids, chunk: int, replay: 
 
 
 def _once(
-    session: Session, prompt: Ids, rest: Ids, chunk: int, replay: int | None = None
-) -> tuple[float, float]:
-    """Seconds to read the prompt and to take the other tokens one by one, from a fresh state."""
+    session: Session, prompt: Ids, rest: Ids, chunk: int, replay: int | None = None,
+    phase: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext(),
+) -> tuple[float, float]:  # fmt: skip
+    """Seconds to read the prompt and to take the other tokens one by one, from a fresh state.
+
+    `phase` is entered with the name of each while it is timed.
+    """
     session.reset()
-    started = time.perf_counter()
-    session.prefill(prompt.tolist(), chunk, replay=replay)
-    middle = time.perf_counter()
-    for column in range(rest.shape[1]):
-        session.step(rest[:, column : column + 1])
-    return middle - started, time.perf_counter() - middle
+    with phase("prefill"):
+        started = time.perf_counter()
+        session.prefill(prompt.tolist(), chunk, replay=replay)
+        prefill = time.perf_counter() - started
+    with phase("decode"):
+        started = time.perf_counter()
+        for column in range(rest.shape[1]):
+            session.step(rest[:, column : column + 1])
+        decode = time.perf_counter() - started
+    return prefill, decode
 
 
 def _facts(
     args: argparse.Namespace, session: Session, load: float, runs: list[tuple[float, float]]
 ) -> dict[str, Any]:
     phases = zip(
-        ("prefill", "decode"), (args.prompt_tokens, args.decode_tokens), zip(*runs, strict=True), strict=True
+        PHASES, (args.prompt_tokens, args.decode_tokens), zip(*runs, strict=True), strict=True
     )
     artifact = session.artifact
     return {
@@ -170,7 +217,10 @@ def _text(facts: dict[str, Any]) -> str:
         f"{s['prompt_tokens']} + {s['decode_tokens']} tokens, batch {s['batch']}, {s['repeat']} runs"
     )
     speed = table(speeds, ("tokens/s", "median", "min", "max"), right=[1, 2, 3])
-    return "\n\n".join([head, speed, table(sizes, right=[1]), *_tables(facts["tables"]), *_replay(facts)])
+    more = [*_tables(facts["tables"]), *_replay(facts)]
+    if "profile" in facts:
+        more.append(profile_text(facts["profile"]))
+    return "\n\n".join([head, speed, table(sizes, right=[1]), *more])
 
 
 def _replay(facts: dict[str, Any]) -> list[str]:
@@ -198,10 +248,14 @@ BENCH = Command(
     name="bench",
     summary="measure tokens per second of an artifact",
     about="Time prefill and decode on random token ids. All rows of a batch count; the median of the\n"
-    "runs is the number to quote.",
+    "runs is the number to quote. With --profile every other run logs each kernel, and the run of median\n"
+    "time is shown. '% of roof' is the least time that bytes and operations need on this machine, of the\n"
+    "time taken; it may exceed 100 where values stay in the cache.",
     examples=(
         "dsv4c bench m.dsv4",
         "dsv4c bench m.dsv4 --prompt-tokens 2048 --decode-tokens 128 --threads 8 --json",
+        "dsv4c bench m.dsv4 --profile",
+        "dsv4c bench m.dsv4 --html report.html",
     ),
     arguments=_arguments,
     run=_run,

@@ -18,6 +18,7 @@ from dsv4c.frontend.model import build_model
 from dsv4c.frontend.model_v41 import EngramParts, build_model_v41
 from dsv4c.frontend.safetensors import parse_json
 from dsv4c.frontend.table import SCALED, Role, TensorSpec, expected_tensors, published_dtype, scale_name
+from dsv4c.frontend.token_map import SOURCE
 from dsv4c.ir.dtypes import DType
 from dsv4c.ir.graph import Module
 from dsv4c.ir.weights import WeightExpr, cast, decode_fp4, decode_fp8, source
@@ -68,7 +69,7 @@ def _engram(config: ModelConfig, specs: dict[str, TensorSpec]) -> EngramParts | 
     def weights(layer: int) -> EngramWeights:
         return layer_weights(engram, stored, f"layers.{layer}.engram.", config.weight_block_size)
 
-    return EngramParts(engram, weights, source("engram.token_map", DType.I32, (config.vocab_size,)))
+    return EngramParts(engram, weights, source(SOURCE, DType.I32, (config.vocab_size,)))
 
 
 def _config_file(path: Path) -> ModelConfig:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dsv4c.errors import UsageError
 from dsv4c.runtime import Artifact
-from dsv4c.runtime.verify import Check, verify
+from dsv4c.runtime.verify import Check, failures, verify
 
 from .base import Command, json_option, threads_option
 from .show import as_json, table
@@ -31,9 +31,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     artifact = Artifact.open(args.file, check="full" if args.full else "code")
     checks = verify(artifact, args.threads, _opener(args, artifact))
-    first = next((check for check in checks if not check.ok), None)
-    print(as_json(_facts(checks, first)) if args.json else _text(checks, first))
-    return 1 if first else 0
+    failed = failures(checks)
+    print(as_json(_facts(checks, failed)) if args.json else _text(checks, failed))
+    return 1 if failed else 0
 
 
 def _opener(args: argparse.Namespace, artifact: Artifact) -> Any:
@@ -59,25 +59,46 @@ def _opener(args: argparse.Namespace, artifact: Artifact) -> Any:
     return acl_opener(Path(args.programs))
 
 
-def _facts(checks: list[Check], first: Check | None) -> dict[str, Any]:
+def _facts(checks: list[Check], failed: list[Check]) -> dict[str, Any]:
     return {
-        "ok": first is None,
-        "first": first.name if first else None,
-        "layer": layer_of(first) if first else None,
-        "checks": [{"name": c.name, "error": c.error, "tolerance": c.tolerance, "ok": c.ok} for c in checks],
-    }
+        "ok": not failed,
+        "first": failed[0].name if failed else None,
+        "layer": layer_of(failed[0]) if failed else None,
+        "checks": [
+            {
+                "name": c.name, "error": c.error, "tolerance": c.tolerance, "ok": c not in failed,
+                "rows": c.rows, "undecided": c.undecided, "astray": c.astray,
+                "off": c.off, "may_be_off": c.may_be_off,
+            }
+            for c in checks
+        ],
+    }  # fmt: skip
 
 
-def _text(checks: list[Check], first: Check | None) -> str:
-    rows = [(c.name, f"{c.error:.2e}", f"{c.tolerance:.0e}", "ok" if c.ok else "FAILED") for c in checks]
-    lines = table(rows, ("check", "error", "allowed", ""), right=[1, 2])
-    return f"{lines}\n\n{_verdict(checks, first)}"
+def _text(checks: list[Check], failed: list[Check]) -> str:
+    rows = [
+        (c.name, f"{c.error:.2e}" if c.decided else "-", f"{c.tolerance:.0e}",
+         "FAILED" if c in failed else "ok" if c.decided else "undecided", _left_out(c))
+        for c in checks
+    ]  # fmt: skip
+    lines = table(rows, ("check", "error", "allowed", "", ""), right=[1, 2])
+    return f"{lines}\n\n{_verdict(checks, failed)}"
 
 
-def _verdict(checks: list[Check], first: Check | None) -> str:
-    if first is None:
-        return f"ok: {len(checks)} checks, the largest error is {max(c.error for c in checks):.2e}"
-    failed, layer = sum(not c.ok for c in checks), layer_of(first)
+def _left_out(check: Check) -> str:
+    if not check.undecided:
+        return ""
+    off = f"{check.off} of them off" + (f" by {check.astray:.1e}" if check.off else "")
+    return f"{check.undecided} of {check.rows} left out, {off} (at most {check.may_be_off})"
+
+
+def _verdict(checks: list[Check], failed: list[Check]) -> str:
+    if not failed:
+        return _passed(checks)
+    count, first = f"{len(failed)} of {len(checks)} checks", failed[0]
+    if all(c.ok for c in failed):
+        return f"FAILED: {count} have no position that is decided, so nothing was judged"
+    layer = layer_of(first)
     if layer is None:
         place = "after the last layer's state" if first.name == "logits" else "outside the layers"
     else:
@@ -85,8 +106,16 @@ def _verdict(checks: list[Check], first: Check | None) -> str:
         place = f"in layer {layer}" + (
             f", or in layer {layer - 1} after its state was written" if layer else ""
         )
-    count = f"{failed} of {len(checks)} checks"
     return f"FAILED: {count}; the first is {first.name}: the difference begins {place}"
+
+
+def _passed(checks: list[Check]) -> str:
+    best = f"ok: {len(checks)} checks, the largest error is {max(c.error for c in checks):.2e}"
+    if not any(c.undecided for c in checks):
+        return best
+    count, none = sum(c.undecided for c in checks), sum(not c.decided for c in checks)
+    more = f"; in {none} checks these are all" if none else ""
+    return f"{best}\n{count} positions hang on a choice that rounding decides and were left out{more}"
 
 
 def layer_of(check: Check) -> int | None:
@@ -100,7 +129,8 @@ VERIFY = Command(
     summary="check an artifact where it runs",
     about="Run the golden prompt of an artifact and compare every layer's state and the logits with the\n"
     "results of the slow evaluator that were compiled in. Exit code 1 when they differ; an artifact that is\n"
-    "damaged so that it cannot be opened is an error, exit code 2.",
+    "damaged so that it cannot be opened is an error, exit code 2. Positions that hang on a route or a\n"
+    "selection which rounding decides are left out of the error, and counted.",
     examples=(
         "dsv4c verify m.dsv4",
         "dsv4c verify m.dsv4 --full --json",

@@ -14,8 +14,7 @@ from dsv4c.errors import CheckpointError
 from dsv4c.ir.dtypes import Array, DType, F32Array, decode, pack
 from dsv4c.ir.encode import Bytes, encode, pow2_ceil, spread, tile_max, to_e2m1
 from dsv4c.ir.formats import SCHEMES
-
-from .table import FP4_GROUP
+from dsv4c.ir.rows import FP4_GROUP
 
 _FP4_FLOOR = np.float32(6 * 2.0**-126)
 _INV_6 = np.array(0x3E2AAAAB, np.uint32).view(np.float32)  # 1/6 rounded to float32

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from math import prod
 
 from dsv4c.ir.dtypes import DType
+from dsv4c.ir.rows import FP4_GROUP
 
 from .architecture import Drafter, EngramTables, Generation, LayerKind, ModelConfig, VisionTower
 
-FP4_GROUP = 32  # columns that share one scale of packed FP4
 ROW_GROUP = 32  # numbers of an Engram row that share one scale
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from .amounts import least
 from .dims import Dim, evaluate
 from .graph import Module, Op, Value
 from .weights import WeightExpr
@@ -127,18 +128,17 @@ def _matrix(op: Op, sizes: Sizes) -> Cost:
 def _experts(op: Op, sizes: Sizes) -> Cost:
     routes = size_of(op.operands[1], sizes)
     experts, width, inner = (_dim(d, sizes) for d in op.operands[5].type.shape)
-    share = min(1.0, routes / experts)
-    read = int(share * _weights(op))
+    read = least(routes, experts) * _weights(op) // experts
     return Cost(routes * (6 * width * inner + 8 * inner), read, _data(op, sizes))
 
 
 def _attention(op: Op, sizes: Sizes) -> Cost:
     b, t, heads, d = (_dim(x, sizes) for x in op.operands[0].type.shape)
     seen = sizes.get("past", 0) + t
-    visible = min(int(op.attrs["window"]), seen)  # type: ignore[arg-type]
+    visible = least(int(op.attrs["window"]), seen)  # type: ignore[arg-type]
     ratio = int(op.attrs["ratio"])  # type: ignore[arg-type]
     if ratio and len(op.operands) > 7:
-        visible += min(_dim(op.operands[7].type.shape[2], sizes), seen // ratio)
+        visible += least(_dim(op.operands[7].type.shape[2], sizes), seen // ratio)
     elif ratio and len(op.operands) > 6:
         visible += seen // ratio
     moved = 4 * b * (2 * t * heads * d + visible * d)
@@ -157,7 +157,7 @@ def _index(op: Op, sizes: Sizes) -> Cost:
     restricts = readers[0] if len(readers) == 1 and readers[0].name == "index_restrict" else None
     if len(op.operands) > 5 or restricts:  # only the entries of some blocks are scored
         blocks, by = (restricts.operands[1], restricts) if restricts else (op.operands[5], op)
-        entries = min(entries, _dim(blocks.type.shape[2], sizes) * int(by.attrs["size"]))  # type: ignore[arg-type]
+        entries = least(entries, _dim(blocks.type.shape[2], sizes) * int(by.attrs["size"]))  # type: ignore[arg-type]
     return Cost(2 * b * t * heads * (d + 1) * entries, 0, 4 * b * (t * heads * d + entries * d))
 
 

@@ -16,7 +16,7 @@ from .dtypes import Array, DType
 from .expr import WeightExpr, describe, expect
 
 WORD = 4
-"""Bytes of a word: the codes of one row and of consecutive columns."""
+"""Bytes of a word: the codes of one row and of consecutive columns, the even ones in the low half."""
 
 _NAN: dict[DType, Callable[[Array], Array]] = {
     DType.F8E4M3: lambda a: (a.view(np.uint8) & 0x7F) == 0x7F,
@@ -28,13 +28,17 @@ _NAN: dict[DType, Callable[[Array], Array]] = {
 
 
 def lane_words(x: WeightExpr, width: int) -> WeightExpr:
-    """[n, b] one-byte codes -> [ceil(n/width), ceil(b/4), width, 4]: panels of `width` rows, words k-major.
+    """[n, b] codes of s = 1 or 2 bytes -> [ceil(n/width), ceil(b s/4), width, 4/s]: panels of words, k-major.
 
-    One load of 64 bytes holds four bytes of codes of each of 16 rows. Padding is zero, and code 0 is 0.
+    One load of 64 bytes holds four bytes of codes of each of 16 rows. In a word the codes of even columns
+    fill the low half and those of odd columns the high half, both in order: so equal shifts bring two
+    neighbouring columns into the halves of a lane, as instructions take them that multiply pairs. Padding is
+    zero, and code 0 is 0.
     """
-    expect(len(x.shape) == 2 and x.dtype.itemsize == 1, "lane_words takes a matrix of bytes", x)
+    expect(len(x.shape) == 2 and x.dtype.itemsize <= 2, "lane_words takes codes of one or two bytes", x)
     n, b = x.shape
-    shape = (-(-n // width), -(-b // WORD), width, WORD)
+    per_word = WORD // x.dtype.itemsize
+    shape = (-(-n // width), -(-b // per_word), width, per_word)
     return WeightExpr("lane_words", (x,), (("width", width),), x.dtype, shape)
 
 
@@ -62,11 +66,21 @@ def _refuse_nan(x: WeightExpr, codes: Array) -> None:
 
 
 def _lane_words(x: WeightExpr, args: list[Array]) -> Array:
-    _refuse_nan(x, args[0])
-    panels, words, width, _ = x.shape
-    padded = np.zeros((panels * width, words * WORD), args[0].dtype)
+    if x.dtype is not DType.BF16:  # numbers may be NaN; codes are decoded without looking for it
+        _refuse_nan(x, args[0])
+    panels, words, width, per_word = x.shape
+    padded = np.zeros((panels * width, words * per_word), args[0].dtype)
     padded[: args[0].shape[0], : args[0].shape[1]] = args[0]
-    return np.ascontiguousarray(padded.reshape(panels, width, words, WORD).transpose(0, 2, 1, 3))
+    lanes = padded.reshape(panels, width, words, per_word).transpose(0, 2, 1, 3)
+    if x.dtype in (DType.F4E2M1X2, DType.I4X2):
+        pairs = lanes.view(np.uint8)
+        return np.concatenate([_low_nibbles(pairs), _low_nibbles(pairs >> 4)], axis=-1).view(lanes.dtype)
+    return np.concatenate([lanes[..., ::2], lanes[..., 1::2]], axis=-1)
+
+
+def _low_nibbles(x: Array) -> Array:
+    """u8 [..., 4] -> [..., 2]: the low nibbles, two to a byte, in order."""
+    return np.asarray(np.bitwise_and(x[..., ::2], 15) | np.left_shift(x[..., 1::2], 4))
 
 
 def _row_scales(x: WeightExpr, args: list[Array]) -> Array:

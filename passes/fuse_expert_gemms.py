@@ -98,6 +98,7 @@ _EXPERTS = {
     "e4m3": _expert_of(_to_bf16, lambda x: _round(_to_bf16(x), "e4m3", bind="codes")),
     "fp16": _expert_of(_to_fp16, _to_fp16),
     "mxfp8": _expert_of(_as_is, lambda x: _round(x, "e4m3", 32)),
+    "bf16_rows": _expert_of(_as_is, _to_bf16),
 }
 """What an expert looks like, by the `rounding` of the `expert_mlp` that it becomes."""
 

@@ -30,19 +30,20 @@ class MergeProjections(Pass):
     gives: ClassVar[Level | None] = Level.FUSED
 
     def run(self, module: Module) -> int:
-        groups: dict[tuple[Value, str], list[Op]] = {}
+        groups: dict[tuple[Value, str, object], list[Op]] = {}
         refused: dict[str, str] = {}
         for op in module.ops:
             if op.name == "linear":
                 if reason := stays(op):
                     refused[op.operands[1].producer.loc if op.operands[1].producer else op.loc] = reason
                 else:
-                    groups.setdefault((op.operands[0], stored_format(_expr(op))), []).append(op)
+                    key = (op.operands[0], stored_format(_expr(op)), op.attrs["inputs"])
+                    groups.setdefault(key, []).append(op)
         readers: dict[Value, int] = {}
-        for x, _ in groups:
+        for x, _, _ in groups:
             readers[x] = readers.get(x, 0) + 1
         merged: dict[Op, list[Op]] = {}
-        for (x, form), ops in groups.items():
+        for (x, form, _), ops in groups.items():
             together = packable(ops)
             if len(together) > 1:
                 merged[min(together, key=module.ops.index)] = together
@@ -65,7 +66,7 @@ class MergeProjections(Pass):
 def stays(op: Op) -> str:
     """Why a linear cannot be merged with any other, or ""."""
     x, weight = op.operands
-    if reason := unusual(op):
+    if reason := unusual(op, "inputs"):
         return reason
     if weight.producer is None or weight.producer.weight is None:
         return "its matrix is no weight"
@@ -106,7 +107,7 @@ def _merge(module: Module, ops: list[Op]) -> list[Op]:
     shared = [same[0] for same in takewhile(lambda same: len(set(same)) == 1, words)]
     builder.loc = ".".join([*shared, "merged"])
     matrix = builder.weight(w.concat(tuple(_expr(op) for op in ops)))
-    product = builder.op("linear", ops[0].operands[0], matrix)
+    product = builder.op("linear", ops[0].operands[0], matrix, inputs=ops[0].attrs["inputs"])
     parts = builder.multi("split_columns", product, widths=tuple(_expr(op).shape[0] for op in ops)).results
     for op, part in zip(ops, parts, strict=True):
         rewire(module, op.result, part)

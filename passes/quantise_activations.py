@@ -10,9 +10,10 @@ from typing import ClassVar
 
 from dsv4c.errors import PassError, unknown
 from dsv4c.ir.dtypes import DType
+from dsv4c.ir.formats import SCHEMES
 from dsv4c.ir.graph import Builder, Module, Op, Value
 from dsv4c.ir.levels import Level
-from dsv4c.ir.packed import packed_form
+from dsv4c.ir.packed import is_bf16, packed_form
 
 from .base import Effect, Pass
 from .weight_classes import weight_class
@@ -28,6 +29,8 @@ class Rule:
         after: the rule that results are rounded by; "" for none.
         experts: what `expert_mlp.rounding` calls the same roundings in routed experts; "" leaves those alone.
         ops: the products that take part.
+        inputs: what the attribute of that name says of these products.
+        spares: weight classes whose products do not take part.
     """
 
     rounding: str
@@ -37,6 +40,8 @@ class Rule:
     after: str = ""
     experts: str = ""
     ops: frozenset[str] = frozenset({"linear"})
+    inputs: str = "any"
+    spares: frozenset[str] = frozenset()
 
 
 _INT8 = frozenset({"int8"})
@@ -49,12 +54,18 @@ RULES = {
         "fp16", 0, frozenset({"fp16"}), after="fp16", experts="fp16",
         ops=frozenset({"linear", "grouped_linear"}),
     ),
+    "bf16": Rule(
+        "bf16", 0, frozenset(SCHEMES) - {"f32", "fp16"}, experts="bf16_rows", inputs="bf16",
+        ops=frozenset({"linear", "grouped_linear"}), spares=frozenset({"router"}),
+    ),
 }  # fmt: skip
 """Rule by name. With `int8_token` one scale covers a token's whole input row and one a whole weight row, so a
 product is the int32 dot product of the codes times two scales. `int8_token_bf16` is the same for devices that
 quantise from BF16 and whose product of codes gives BF16. `mxfp8` rounds inputs to E4M3 with a power of two
 for every 32 channels (specification 3.2 with smaller blocks); like the published code it leaves the input of
-the grouped product alone. `fp16` is a product of FP16 numbers whose result is one."""
+the grouped product alone. `fp16` is a product of FP16 numbers whose result is one. `bf16` rounds inputs to
+BF16, as the published code does, for products of BF16 numbers with FP32 sums, and leaves the choice of
+experts alone."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,8 @@ class _Run:
             done = there and source not in self.dispatches and _result_is_rounded(op, rule)
             if not there:
                 self._round_input(op)
+            if op.attrs["inputs"] != rule.inputs:
+                op.attrs["inputs"], done = rule.inputs, False
         self.ops.append(op)
         if not done:
             self.ops += _results_rounded(op, rule, self.module)
@@ -170,7 +183,7 @@ def _qualifies(op: Op, rule: Rule) -> bool:
     producer = op.operands[1].producer
     if producer is None or (weight_class(producer) == "experts" and not rule.experts):
         return False
-    return _scheme(producer) in rule.weights
+    return weight_class(producer) not in rule.spares and _scheme(producer) in rule.weights
 
 
 def _experts_qualify(op: Op, rule: Rule) -> bool:
@@ -185,9 +198,11 @@ def _scheme(op: Op) -> str:
     if op.weight is None:
         return ""
     held = packed_form(op.weight)
-    if held is None:
-        return "fp16" if op.weight.dtype is DType.F16 else ""
-    return held.scheme.name
+    if held is not None:
+        return held.scheme.name
+    if op.weight.dtype is DType.F16:
+        return "fp16"
+    return "bf16" if is_bf16(op.weight) else ""
 
 
 def _is_rounded(x: Value, rule: Rule) -> bool:

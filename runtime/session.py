@@ -157,6 +157,11 @@ class Session:
         Raises:
             SessionError: the artifact takes no images.
         """
+        self._check_encodes_images()
+        return int(self.model["vision"]["placeholder"])
+
+    def _check_encodes_images(self) -> None:
+        """SessionError where no program of the artifact makes rows of an image."""
         if "vision" not in self.artifact.meta.get("parts", []):
             if "vision" in self.model:
                 raise SessionError(
@@ -167,7 +172,6 @@ class Session:
                 "the artifact takes no images", where=str(self.artifact.path),
                 hint="compile a model with a vision tower",
             )  # fmt: skip
-        return int(self.model["vision"]["placeholder"])
 
     def with_images(
         self, ids: Sequence[int], images: Sequence[ImageSource]
@@ -192,7 +196,7 @@ class Session:
             SessionError: the artifact takes no images.
             UsageError, ToolchainError: the image cannot be read; Pillow is missing.
         """
-        assert self.image_token >= 0
+        self._check_encodes_images()
         loaded = load_patches(image, ImageRules.from_meta(self.model["vision"]))
         rows = self.backend.call_part("vision", tower_inputs(loaded, int(self.model["vision"]["downsample"])))
         return loaded.plan, rows["rows"][0]

@@ -9,7 +9,7 @@ import ctypes
 import importlib.util
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .container import Artifact
 from .engram import TableOptions
 from .engram.calls import Tables
 from .images.rows import ImageRows, no_images
+from .one_token import OneToken
 from .undo import Undo
 
 _CPU, _POOLED = 1, 2
@@ -43,21 +44,24 @@ class TvmProgram:
         facts = artifact.meta["tvm"]["parts"][part] if part else artifact.meta["tvm"]
         self.inputs: dict[str, dict[str, Any]] = facts["inputs"]
         self.outputs: list[str] = facts["outputs"]
+        self.name = part or "step"
         self._states: list[str] = facts.get("states", list(artifact.meta["step"]["states"]))
-        self._function = machine[part or "step"]
+        self._function = machine[self.name]
         self._weights = [tvm_ffi.from_dlpack(artifact.array(n)) for n in facts["weights"]]
         self._tables: list[str] = facts["tables"]
         self._bound: tuple[object, list[Any]] = (None, [])
+        self._one = OneToken(facts, machine) if "one" in facts else None
 
     def run(
         self, inputs: Sequence[npt.NDArray[Any]], state: dict[str, npt.NDArray[Any]], tables: Tables
     ) -> Any:
         """The results, still TVM's: inputs in order, in their own dtypes; `state` is updated in place."""
         if self._bound[0] is not state:
-            self._bound = (state, [tvm_ffi.from_dlpack(state[name]) for name in self._states])
-        given = [tvm_ffi.from_dlpack(aligned(a)) for a in inputs]
-        handles = [tables.handle(name) for name in self._tables]
-        return self._function(*given, *self._bound[1], *self._weights, *handles)
+            given = [tvm_ffi.from_dlpack(state[name]) for name in self._states]
+            self._bound = (state, [*given, *self._weights, *(tables.handle(name) for name in self._tables)])
+        if self._one is not None and self._one.fits(inputs):
+            return self._one.run(inputs, self._bound[1])
+        return self._function(*(tvm_ffi.from_dlpack(aligned(a)) for a in inputs), *self._bound[1])
 
 
 def _load_code(artifact: Artifact) -> tuple[Any, Any]:
@@ -108,6 +112,7 @@ class TvmBackend:
         self._library, self._machine = _load_code(artifact)
         self._program = TvmProgram(artifact, self._machine)
         self._parts: dict[str, TvmProgram] = {}
+        self._watch: Callable[..., None] | None = None
         self.tables = Tables(artifact, tables)
         self.undo = Undo(artifact.meta["tvm"]["writes"]) if self.tables.fallible else None
 
@@ -180,7 +185,9 @@ class TvmBackend:
     def _run(
         self, program: TvmProgram, inputs: Sequence[npt.NDArray[Any]], state: dict[str, npt.NDArray[Any]]
     ) -> Any:
-        if self.undo is None or not state:
+        if self._watch is not None:
+            self._watch(program, inputs, state)
+        if self.undo is None:
             return program.run(inputs, state, self.tables)
         names = list(program.inputs)
         counts = inputs[names.index("n_valid")] if "n_valid" in names else None
@@ -192,6 +199,15 @@ class TvmBackend:
             if failure is None:
                 raise
             raise failure from error
+
+    def probe(self, name: str) -> Any:
+        """A function of the code that no program calls; `profile` measures with them."""
+        return self._library.get_function(name, query_imports=True)
+
+    def watch(self, begin: Callable[..., None] | None, instrument: Any) -> None:
+        """From now on call `begin(program, inputs, state)` before runs and `instrument` around calls."""
+        self._watch = begin
+        self._machine["set_instrument"](instrument)
 
 
 def _load_runtime(artifact: Artifact) -> None:

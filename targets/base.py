@@ -65,7 +65,9 @@ class Format:
     extra_ops: frozenset[str] = frozenset()
     shows_blocks: bool = False
     emits_parts: bool = False
-    roundings: frozenset[str] = frozenset({"none", "bf16", "e4m3", "e2m1", "e2m1_e4m3", "int8", "reference"})
+    roundings: frozenset[str] = frozenset(
+        {"none", "bf16", "e4m3", "e2m1", "e2m1_e4m3", "int8", "bf16_rows", "reference"}
+    )
 
     def takes(self, op: Op) -> bool:
         """Whether an op rounds in a way that the emitter knows, or not at all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ from dsv4c.runtime.images.rows import ImageFeed
 from dsv4c.runtime.images.tower import tower_indices
 
 from .base import Progress
+from .undecided import SHADOWS, ShadowedEvaluator, rounds, undecided_rows
 
 GOLDEN_CALLS = (17, 1, 1, 1, 8)
 """How the golden prompt is cut into calls: a chunk, single tokens, and a chunk after them."""
 
 
-TOLERANCES = {"exact": 1e-4, "half": 5e-3, "fast": 2e-2}
+TOLERANCES = {"exact": 1e-4, "half": 5e-3, "bf16": 2e-2, "fast": 2e-2}
 """Where numbers are rounded, sums in another order may fall on the other side of a step, and later tokens
 and layers inherit it. A step is 1/127 of the largest input of a token in INT8, 1/8 of a number in MXFP8, and
 1/1024 of it in FP16."""
@@ -62,6 +64,8 @@ def write_golden(
 ) -> None:
     """Tokens, logits after each, and the state they leave, by the evaluator in float32.
 
+    Where the module rounds, also which positions are left undecided, see `undecided.py`.
+
     Args:
         module: a model of tokens, at any level; the meaning that the artifact is held to.
         tolerance: largest difference over the range of the values that `verify` accepts.
@@ -72,37 +76,36 @@ def write_golden(
     takes_images = "images" in module.inputs
     tokens, at = golden_tokens(vocab, _vision(module)["placeholder"] if takes_images else -1), 0
     feed = golden_images(module, tokens) if takes_images else None
-    evaluator = Evaluator(module, keep_weights=False)
-    state, logits = evaluator.fresh_state(B=1, ctx=len(tokens)), []
     streams = {v: layer for layer, v in stream_values(module).items()} if blocks else {}
-    seen: dict[str, list[npt.NDArray[Any]]] = {layer: [] for layer in streams.values()}
+    evaluator = ShadowedEvaluator(module, SHADOWS if rounds(module) else 0, streams, _SEED)
+    batch = evaluator.batch
+    state, logits = evaluator.fresh_state(B=batch, ctx=len(tokens)), []
     for index, count in enumerate(GOLDEN_CALLS):
         progress("golden vectors", index, len(GOLDEN_CALLS))
-        rows = np.arange(count)[None]
-        fed = {"tokens": tokens[None, at : at + count], "n_valid": np.array([count]), "rows": rows}
+        fed = {"tokens": tokens[None, at : at + count], "n_valid": np.array([count])}
+        fed["rows"] = np.arange(count)[None]
         if feed is not None:
             given = feed.take(fed["tokens"].astype(np.int32), fed["n_valid"].astype(np.int32))
             fed |= {"images": given.rows, "n_images": given.counts}
-        step = evaluator(fed, state, trace=blocks)
-        for op, results in step.trace.items():
-            for value, array in zip(op.results, results, strict=True):
-                if value in streams:
-                    seen[streams[value]].append(array[0])
+        step = evaluator({name: np.repeat(array, batch, axis=0) for name, array in fed.items()}, state)
         state, at = step.state, at + count
-        logits.append(step.outputs["logits"][0])
+        logits.append(step.outputs["logits"])
     progress("golden vectors", len(GOLDEN_CALLS), len(GOLDEN_CALLS))
+    found = {f"state.{name}": array for name, array in state.items()}
+    found |= {f"block.{streams[v]}": np.concatenate(parts, axis=1) for v, parts in evaluator.seen.items()}
+    found["logits"] = np.concatenate(logits, axis=1)
     _add(writer, "golden.tokens", tokens)
-    _add(writer, "golden.logits", np.concatenate(logits).astype(np.float32))
-    for name, array in state.items():
-        _add(writer, f"golden.state.{name}", array)
+    for name, array in found.items():
+        _add(writer, f"golden.{name}", array[:1] if name.startswith("state.") else array[0])
     if feed is not None:
         _add(writer, "golden.images", feed.all_rows(0))
     if "vision" in module.parts:
         _write_tower(module, writer)
-    for layer, parts in seen.items():
-        _add(writer, f"golden.block.{layer}", np.concatenate(parts).astype(np.float32))
-    facts = {"calls": list(GOLDEN_CALLS), "tolerance": tolerance, "grid": list(GOLDEN_GRID)}
-    writer.set_meta("golden", facts)
+    undecided = {n: undecided_rows(a, evaluator.chose_otherwise, tolerance) for n, a in found.items()}
+    writer.set_meta("golden", {
+        "calls": list(GOLDEN_CALLS), "tolerance": tolerance, "grid": list(GOLDEN_GRID),
+        "undecided": {name: asdict(left) for name, left in undecided.items() if left.rows},
+    })  # fmt: skip
 
 
 def _write_tower(module: Module, writer: ArtifactWriter) -> None:

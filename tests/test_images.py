@@ -26,14 +26,12 @@ from dsv4c.runtime.images import (
     encode_with_images,
     expand,
     plan,
-    span_rows,
     split_prompt,
 )
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "images" / "v41.npz")
 RELEASED = ImageRules(14, 3, 1024, 295936, None, 129264)
 SMALL = ImageRules(14, 3, 64, 7056, None, 510)  # of the golden model
-F32 = np.float32
 
 
 def changed(**values: Any) -> ImageRules:
@@ -227,46 +225,6 @@ def test_expand_refuses(tokens: Any, images: int, says: str) -> None:
     with pytest.raises(UsageError) as error:
         expand(tokens, 9, [ImagePlan(14, 14, 1, 1, 1, 1)] * images)
     assert str(error.value).startswith(f"expand: {says}")
-
-
-def vectors() -> list[Any]:
-    names = ("image_start", "image_newline", "image_end")
-    return [(GOLDEN[name].astype(np.uint32) << 16).view(F32) for name in names]
-
-
-def test_span_rows_agree_with_the_golden_model() -> None:
-    rows, positions = span_rows(golden(), [GOLDEN["exact.vision.tokens"]], *vectors())
-    assert np.array_equal(rows, GOLDEN["exact.vision.span"]) and rows.dtype == F32
-    assert np.array_equal(positions, np.flatnonzero(GOLDEN["image_mask"])) and positions.dtype == np.int32
-
-
-def test_span_rows_of_two_images_in_order() -> None:
-    plans = [ImagePlan(28, 14, 2, 1, 2, 1), ImagePlan(14, 28, 1, 2, 1, 2)]
-    found = expand([9, 4, 9], 9, plans)
-    marks = [np.full(1, v, F32) for v in (-1, -2, -3)]
-    images = [np.array([[10], [11]], F32), np.array([[20], [21]], F32)]
-    rows, positions = span_rows(found, images, marks[0], marks[1], marks[2])
-    assert rows[:, 0].tolist() == [-1, 10, -2, 11, -2, -3, -1, 20, 21, -2, -3]
-    assert positions.tolist() == [*range(6), *range(7, 12)]
-    none = span_rows(expand([4], 9, []), [], marks[0], marks[1], marks[2])
-    assert none.rows.shape == (0, 1) and none.positions.shape == (0,)
-
-
-def test_span_rows_refuse() -> None:
-    found = expand([9], 9, [ImagePlan(28, 14, 2, 1, 2, 1)])
-    ones, rows = np.ones(4, F32), np.ones((2, 4), F32)
-    for images, start, says in [
-        ([], ones, "the prompt has room for 1 image, given are rows of 0"),
-        ([rows[:1]], ones, "rows of image 0: float32[1, 4]; allowed: float32[2, 4]"),
-        ([rows[:, :3]], ones, "rows of image 0: float32[2, 3]"),
-        ([rows.astype(float)], ones, "rows of image 0: float64[2, 4]"),
-        ([rows], ones[:3], "newline: float32[4]; allowed: float32[3]"),
-        ([rows], ones[None], "start: float32[1, 4]; allowed: float32[d]"),
-        ([rows], np.array(1, F32), "start: float32[]"),
-    ]:
-        with pytest.raises(UsageError) as error:
-            span_rows(found, images, start, ones, ones)
-        assert str(error.value).startswith(f"span_rows: {says}")
 
 
 # ------------------------------------------------------------------------------ text

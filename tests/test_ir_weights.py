@@ -103,12 +103,21 @@ CASES: dict[str, list[tuple[WeightExpr, Arr]]] = {
     ],
     "pair_rows": [(w.pair_rows(TALL, 2), paired(2)), (w.pair_rows(TALL, 5), paired(5)),
                   (w.pair_rows(TALL, 8), paired(8))],
-    # panels of 3 rows; each row's bytes in fours, filled up with zeros
-    "lane_words": [(layouts.lane_words(BYTES, 3),
-                    np.array([[[[0, 1, 2, 3], [6, 7, 8, 9], [12, 13, 14, 15]],
-                               [[4, 5, 0, 0], [10, 11, 0, 0], [16, 17, 0, 0]]],
-                              [[[18, 19, 20, 21], [24, 25, 26, 27], [0, 0, 0, 0]],
-                               [[22, 23, 0, 0], [28, 29, 0, 0], [0, 0, 0, 0]]]], np.uint8))],
+    # panels of 3 rows; each row's bytes in fours, even columns first, filled up with zeros
+    "lane_words": [
+        (layouts.lane_words(BYTES, 3),
+         np.array([[[[0, 2, 1, 3], [6, 8, 7, 9], [12, 14, 13, 15]],
+                    [[4, 0, 5, 0], [10, 0, 11, 0], [16, 0, 17, 0]]],
+                   [[[18, 20, 19, 21], [24, 26, 25, 27], [0, 0, 0, 0]],
+                    [[22, 0, 23, 0], [28, 0, 29, 0], [0, 0, 0, 0]]]], np.uint8)),
+        # eight codes of 4 bits in a word: columns 0 2 4 6, then 1 3 5 7
+        (layouts.lane_words(
+            STORE.add("words4", DType.F4E2M1X2, np.array([[0x10, 0x32, 0x54, 0x76, 0x98]])), 1),
+         np.array([[[[0x20, 0x64, 0x31, 0x75]], [[0x08, 0, 0x09, 0]]]], np.uint8)),
+        # two of 16 bits
+        (layouts.lane_words(STORE.add("words16", BF16, np.array([[1, 2, 3], [4, 5, 6]])), 2),
+         np.array([[[[1, 2], [4, 5]], [[3, 0], [6, 0]]]], np.uint16)),
+    ],
     "row_scales": [(layouts.row_scales(TILES, 3, 2),
                     np.array([[127, 128, 126], [127, 128, 126], [129, 127, 130]], np.uint8)),
                    (layouts.row_scales(TILES, 2, 1), np.array([[127, 128, 126], [129, 127, 130]], np.uint8))],

@@ -6,6 +6,7 @@ Codes are random bytes, so every code of a format occurs; scales include the sma
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 
 import numpy as np
@@ -77,27 +78,45 @@ def pair(c: Case, name: str, scheme: Scheme, rows: int, cols: int) -> WeightExpr
 
 
 @functools.cache
-def linears(name: str, target: str = "cpu") -> Case:
-    """Ragged shapes: columns end inside a word, a block, a step, and rows inside a panel, a tile."""
+def linears(name: str, target: str = "cpu", rounded: bool = False) -> Case:
+    """Ragged shapes: columns end inside a word, a block, a step, and rows inside a panel, a tile.
+
+    With `rounded` inputs are rounded to BF16, and products may be summed in pairs.
+    """
     c, scheme = Case(target), SCHEMES[name]
     for n, k in ((70, 70), (200, 136), (16, 6)):
-        expr = matrix(c, f"w{k}", scheme, n, k)
-        c.op("linear", c.f32(f"x{k}", B, T, k), weight(c, f"w{k}", expr), out=f"y{k}")
+        x = c.f32(f"x{k}", B, T, k)
+        if scheme.plain:
+            w_ = c.weight(f"w{k}", n, k, bf16=True, scale=0.3)
+        else:
+            w_ = weight(c, f"w{k}", matrix(c, f"w{k}", scheme, n, k))
+        if rounded:
+            c.op("linear", c.b.op("round_values", x, rule="bf16"), w_, out=f"y{k}", inputs="bf16")
+        else:
+            c.op("linear", x, w_, out=f"y{k}")
     return c
 
 
 @functools.cache
-def others(name: str) -> Case:
+def others(name: str, rounded: bool = False) -> Case:
     c, scheme, second = Case(), SCHEMES[name], PACKED[(PACKED.index(SCHEMES[name]) + 1) % len(PACKED)]
+
+    def rows(x: Value) -> Value:
+        return c.b.op("round_values", x, rule="bf16") if rounded else x
+
+    inputs, experts = ("bf16", "bf16_rows") if rounded else ("any", "none")
     table = weight(c, "table", matrix(c, "table", scheme, 61, 70))
     c.op("embed", c.i32("tokens", B, T), table)
     groups = weight(c, "groups", matrix(c, "groups", scheme, 2 * 36, 70))
-    c.op("grouped_linear", c.f32("heads", B, T, 5, 28), groups, groups=2)
+    c.op("grouped_linear", rows(c.f32("heads", B, T, 5, 28)), groups, groups=2, inputs=inputs)
     d, inner = 72, 40
     w13 = w.stack(tuple(pair(c, f"w13.{e}", scheme, inner, d) for e in range(EXPERTS)))
     w2 = w.stack(tuple(matrix(c, f"w2.{e}", second, d, inner) for e in range(EXPERTS)))
     x, ids, g = c.f32("x", B, T, d), c.i32("ids", B, T, TOPK), c.f32("g", B, T, TOPK)
-    c.op("expert_mlp", x, ids, g, c.i32("n_valid", B), weight(c, "w13", w13), weight(c, "w2", w2), limit=9.0)
+    c.op(
+        "expert_mlp", rows(x), ids, g, c.i32("n_valid", B), weight(c, "w13", w13), weight(c, "w2", w2),
+        limit=9.0, rounding=experts,
+    )  # fmt: skip
     return c
 
 
@@ -125,6 +144,51 @@ def test_embed_grouped_linear_and_experts(name: str) -> None:
     """The experts' second half is in another scheme than the first."""
     for b, t in SIZES:
         others(name).check(inputs_of_others(np.random.default_rng(t), b, t), tolerance=4e-6)
+
+
+@pytest.mark.parametrize("name", ["bf16", *(s.name for s in PACKED)])
+def test_linear_of_bf16_rows(name: str) -> None:
+    """By the instruction for pairs where the machine has it; tolerances are those of FP32 sums."""
+    for b, t in (*SIZES, (1, 101)):
+        inputs = inputs_of_linears(np.random.default_rng(t), b, t)
+        linears(name, rounded=True).check(inputs, tolerance=2e-6)
+
+
+@pytest.mark.parametrize("name", [s.name for s in PACKED])
+def test_grouped_linear_and_experts_of_bf16_rows(name: str) -> None:
+    """A hidden value that lies between two BF16 numbers may be rounded to either: one in a few hundred is."""
+    for b, t in SIZES:
+        inputs = inputs_of_others(np.random.default_rng(t), b, t)
+        others(name, rounded=True).check(inputs, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("name", ["bf16", "mxfp4", "fp8", "fp8_f32", "int8", "int4", "nvfp4"])
+def test_a_bf16_row_does_not_depend_on_its_neighbours(name: str) -> None:
+    x = inputs_of_linears(np.random.default_rng(0), 1, 113)
+    case = linears(name, rounded=True)
+    whole = case.run(x)
+    cuts = (0, 1, 3, 8, 13, 113)  # one row, two, five, and a last tile of one, two or more
+    pieces = [case.run({k: v[:, a:b] for k, v in x.items()}) for a, b in itertools.pairwise(cuts)]
+    for key, y in whole.items():
+        np.testing.assert_array_equal(np.concatenate([p[key] for p in pieces], axis=1), y, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("mxfp4", 2), ("mxfp4", 252), ("mxfp8", 10), ("fp8", 246), ("fp8", 0), ("mxfp4", 0)]
+)
+def test_scales_at_the_ends_of_their_range(name: str, code: int) -> None:
+    """Right to the last one that pairs have exponents for; with scales below, products vanish beside
+    others."""
+    case, scheme = Case(), SCHEMES[name]
+    expr = matrix(case, "w", scheme, 16, 64)
+    case.store.tensors["w.s"][...] = code
+    x = case.b.op("round_values", case.f32("x", B, T, 64), rule="bf16")
+    case.op("linear", x, weight(case, "w", expr), out="y", inputs="bf16")
+    rows = normal(np.random.default_rng(code), 1, 5, 64) * np.float32(2.0 ** (60 if code < 127 else -60))
+    if code:
+        case.check({"x": rows}, tolerance=2e-6)
+    else:
+        assert np.abs(case.run({"x": rows})["y"]).max() < 2.0**-40
 
 
 @pytest.mark.parametrize("name", [s.name for s in PACKED])

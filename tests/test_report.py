@@ -16,7 +16,8 @@ from dsv4c import api
 from dsv4c.cli import main
 from dsv4c.cli.report.ceilings import Ceilings, measure
 from dsv4c.cli.report.charts import bound
-from dsv4c.cli.report.page import SECTIONS, render, table
+from dsv4c.cli.report.markup import table
+from dsv4c.cli.report.page import SECTIONS, render
 from dsv4c.runtime import Artifact
 
 CEILINGS = Ceilings(1e11, 2e10, "as given")
@@ -77,7 +78,34 @@ def full(artifact: Path) -> Artifact:
             "memory": [{"dense": 1 << 20, "experts": 1 << 28, "state": 4096, "total": 1 << 29}] * 2,
         },
     }  # fmt: skip
+    report["bench"] = bench()
     return opened
+
+
+def bench() -> dict[str, Any]:
+    """What `dsv4c bench --profile --prefill replay=16` finds."""
+    row = {"calls": 8, "flops": 4 << 20, "weight_bytes": 1 << 20, "data_bytes": 1 << 12}
+    reached = {"flops_per_second": 2.5e9, "bytes_per_second": 6e8, "roof": 0.37}
+    ops = [
+        {"name": "expert_mlp", "seconds": 0.03, **row, **reached},
+        {"name": "split_columns", "seconds": 0.01, **row, **reached, "flops": 0, "flops_per_second": 0.0},
+        {"name": "advance", "seconds": 0.0, **row, **reached, "weight_bytes": 0, "data_bytes": 0},
+    ]
+    phase = {
+        "seconds": 0.05, "plain_seconds": 0.04, "steps": 2, "kernel_seconds": 0.04, "builtin_seconds": 0.004,
+        "dispatch_seconds": 0.001, "outside_seconds": 0.005, "ops": ops, "kernels": [],
+        "layers": [{"name": name, "seconds": 0.02, **row, **reached} for name in ("layers.0", "head")],
+    }  # fmt: skip
+    ceilings = {"flops_per_second": 1e11, "bytes_per_second": 2e10, "threads": 2, "left_out": "BF16 & INT8"}
+    return {
+        "settings": {"prompt_tokens": 512, "decode_tokens": 64, "repeat": 5, "batch": 3, "chunk": 256},
+        "tokens_per_second": {
+            name: {"median": 123.4, "min": 100.0, "max": 130.0} for name in ("prefill", "decode")
+        },
+        "load_seconds": 1.5, "peak_rss_bytes": 3 << 20, "state_bytes": 1 << 20,
+        "replay": {"tokens": 16, "exact_from": 29, "kl": 0.00123, "same_top": 0.985},
+        "profile": {"ceilings": ceilings, "phases": {"prefill": phase, "decode": phase}},
+    }  # fmt: skip
 
 
 class _References(HTMLParser):
@@ -138,6 +166,37 @@ def test_the_numbers_are_on_the_page(artifact: Path) -> None:
         "100 GFLOP/s and 20 GB/s",
     ):
         assert words in text, words
+
+
+def test_what_was_measured_is_on_the_page(artifact: Path) -> None:
+    text = render(full(artifact), CEILINGS)
+    for words in (
+        "123.4", "batch 3", "0.00123", "98.50 %", "<td class=n>29</td>", "BF16 &amp; INT8",
+        "prefill: 2 steps of 25.000 ms", "+25.0 % against 20.000 ms without recording", "kernels 80.0 %",
+        "Python 10.0 %", "<td>expert_mlp</td><td class=n>4</td><td class=n>15.000</td><td class=n>60.0</td>",
+        "<td class=n>2.5</td><td class=n>0.6</td><td class=n>37</td>", "<td>layers.0</td>",
+    ):  # fmt: skip
+        assert words in text, words
+    chart = text[text.index("<h2>Measured roofline") : text.index("<h2>Measured time by layer")]
+    chart = chart[chart.index("<svg") : chart.index("</svg>")]
+    for words in ("expert_mlp", "operations per byte", "GFLOP/s", "decode: 25 ms a step"):
+        assert words in chart, words
+    assert "split_columns" not in chart, "what computes nothing has no place on a roofline"
+
+
+def test_a_benchmark_in_onnx_has_a_page_without_a_profile(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "r.html"
+    sizes = ["--prompt-tokens", "4", "--decode-tokens", "2", "--repeat", "1"]
+    assert main(["bench", str(artifact), *sizes, "--html", str(page)]) == 0
+    assert read(page.read_text()).titles[-1] == "Measured speed"
+    capsys.readouterr()
+    assert main(["bench", str(artifact), *sizes, "--profile"]) == 2
+    error = capsys.readouterr().err
+    assert "format onnx cannot be profiled; allowed: format tvm" in error and "times every format" in error
+    assert main(["bench", str(artifact), *sizes, "--html", str(tmp_path)]) == 2
+    assert "the page is a directory" in capsys.readouterr().err
 
 
 def test_what_an_artifact_says_is_escaped(artifact: Path) -> None:

@@ -21,7 +21,7 @@ from dsv4c.ir.graph import Builder, Module
 from dsv4c.ir.types import f32, i32
 from dsv4c.runtime import Artifact, Session
 from dsv4c.runtime.container import ArtifactWriter
-from dsv4c.runtime.verify import verify
+from dsv4c.runtime.verify import failures, verify
 from dsv4c.targets import TARGETS
 from dsv4c.targets.onnx.emit_static import emit_static
 from dsv4c.targets.stages import STREAMS, split
@@ -163,8 +163,7 @@ def test_int8_keeps_most_of_the_likeliest_tokens(models: Models, folder: Path, t
     agreement = float((found.argmax(1) == want["logits"].argmax(1)).mean())
     print(f"{target}: {agreement:.2f}")
     assert agreement > 0.6
-    checks = {c.name: c for c in verify(session.artifact, threads=1)}
-    assert all(checks[f"block layers.{i}"].ok for i in range(3))  # ahead of the first choice that may flip
+    assert not failures(verify(session.artifact, threads=1))
 
 
 # ----------------------------------------------------------------------------------- refusals

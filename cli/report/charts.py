@@ -223,6 +223,35 @@ def roofline(cost: Mapping[str, Facts], ceilings: Ceilings) -> str:
     return svg(fig)
 
 
+def measured(phases: Mapping[str, Facts], ceilings: Ceilings) -> str:
+    """What every kind of op reached over its operations per byte, beside what the machine can do."""
+    fig, axes = figure(3.4, len(phases), sharey=True)
+    ridge = ceilings.flops / ceilings.bandwidth
+    for axis, (name, phase) in zip(axes, phases.items(), strict=True):
+        shown = {
+            row["name"]: (row, row["flops"] / (row["weight_bytes"] + row["data_bytes"]))
+            for row in phase["ops"]
+            if row["flops"] and row["seconds"] and row["weight_bytes"] + row["data_bytes"]
+        }  # fmt: skip
+        places = [x for _, x in shown.values()]
+        lowest, highest = min([0.1, *places]), max([10 * ridge, *places])
+        axis.plot(
+            [lowest, ridge, highest],
+            [lowest * ceilings.bandwidth / 1e9, *[ceilings.flops / 1e9] * 2], color=INK,
+        )  # fmt: skip
+        for op, (row, x) in shown.items():
+            y, share = row["flops_per_second"] / 1e9, row["seconds"] / phase["seconds"]
+            axis.scatter([x], [y], s=12 + 900 * share, color=SECOND, alpha=0.55, linewidth=0)
+            if share > 0.04:
+                axis.annotate(
+                    op, (x, y), xytext=(0, -14), textcoords="offset points", ha="center", fontsize=8
+                )
+        title = f"{name}: {1000 * phase['seconds'] / phase['steps']:.3g} ms a step"
+        axis.set(xscale="log", yscale="log", xlabel="operations per byte", title=title)
+    axes[0].set_ylabel("GFLOP/s")
+    return svg(fig)
+
+
 def bound(cost: Facts, ceilings: Ceilings) -> float:
     """The least seconds of one kind of op: by arithmetic or by bytes, whichever is more."""
     moved: float = cost["weight_bytes"] + cost["data_bytes"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -11,6 +11,8 @@ from dsv4c.runtime import Artifact
 
 from . import charts
 from .ceilings import Ceilings
+from .markup import table, text
+from .measured import measured_layers, measured_roofline, measured_speed, replay_error
 
 Facts = dict[str, Any]
 
@@ -50,23 +52,6 @@ def _summary(artifact: Artifact) -> str:
         f"{artifact.path.name}: {size(artifact.path.stat().st_size)}, {meta['format']} artifact, "
         f"{meta['numerics']} numerics, compiled in {meta['report']['seconds']:.1f} s"
     )
-
-
-def text(words: str) -> str:
-    return f"<p>{escape(words)}</p>"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: frozenset[int]) -> str:
-    """A table; columns in `numbers` are set to the right."""
-
-    def cells(tag: str, row: Sequence[object]) -> str:
-        parts = (
-            f"<{tag}{' class=n' if i in numbers else ''}>{escape(str(cell))}</{tag}>"
-            for i, cell in enumerate(row)
-        )
-        return "<tr>" + "".join(parts) + "</tr>"
-
-    return "<table>" + cells("th", head) + "\n".join(cells("td", row) for row in rows) + "</table>"
 
 
 def _note(report: Facts, name: str) -> Facts:
@@ -283,5 +268,9 @@ SECTIONS: tuple[tuple[str, Section], ...] = (
     ("Engram tables", _engram),
     ("Roofline of a step", _roofline),
     ("On the device", _on_device),
+    ("Measured speed", measured_speed),
+    ("Error of the prefill in two halves", replay_error),
+    ("Measured roofline", measured_roofline),
+    ("Measured time by layer", measured_layers),
 )
 """In the order of the page; a section that returns nothing is left out."""

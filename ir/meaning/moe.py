@@ -93,6 +93,7 @@ def _roundings(op: Op, inner: int) -> tuple[Callable[[Arr], Arr], Callable[[Arr]
         "fp16": (fp16, _exactly),
         "e4m3": (bf16, _e4m3_in(integer(op, "block") or inner)),
         "mxfp8": (_exactly, _e4m3_in(32)),
+        "bf16_rows": (_exactly, bf16),
     }
     return known[str(op.attrs["rounding"])]
 

@@ -34,7 +34,8 @@ BLOCK = 512
 Bytes = npt.NDArray[np.uint8]
 Ids = npt.NDArray[np.int64]
 
-_SEED = np.uint32(0x9E3779B1)
+SEED = np.uint32(0x9E3779B1)
+"""What check sums begin with."""
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,6 @@ def seal(payload: Bytes, ids: Ids, record: int) -> Bytes:
     return out
 
 
-def unbroken(records: Bytes, ids: Ids) -> npt.NDArray[np.bool_]:
-    """[n]: whether records u8 [n,record], C-contiguous, are whole and those of rows `ids`."""
-    words = records.view(np.uint32)
-    whole: npt.NDArray[np.bool_] = (words[:, -1] == _seals(words)) & (words[:, -2] == ids)
-    return whole
-
-
 def _seals(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
     """A sum of all words but the last with distinct odd factors, modulo 2^32.
 
@@ -136,13 +130,13 @@ def _seals(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
     2^32. Far cheaper in NumPy than a CRC of many short records.
     """
     products = words[:, :-1] * _factors(words.shape[1] - 1)
-    return np.asarray(products.sum(axis=1, dtype=np.uint32) + _SEED)
+    return np.asarray(products.sum(axis=1, dtype=np.uint32) + SEED)
 
 
 @cache
 def _factors(count: int) -> npt.NDArray[np.uint32]:
     odd = np.arange(count, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
-    return np.asarray(odd * _SEED)  # odd times odd
+    return np.asarray(odd * SEED)  # odd times odd
 
 
 def directory(hot: Ids, rows: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
@@ -157,28 +151,3 @@ def directory(hot: Ids, rows: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[n
         bits[start // 8 : stop // 8] = np.packbits(mask, bitorder="little")
     ranks = np.searchsorted(hot, np.arange(blocks, dtype=np.int64) * BLOCK)
     return bits.view("<i8").reshape(blocks, BLOCK // 64), ranks.astype(np.int32)
-
-
-_OWN = np.packbits(np.eye(BLOCK, dtype=np.bool_), axis=1, bitorder="little").view("<u8")
-_BEFORE = np.packbits(np.tri(BLOCK, k=-1, dtype=np.bool_), axis=1, bitorder="little").view("<u8")
-"""[512, 8] masks of a block: the bit of each of its rows, and all bits before it."""
-
-
-class Directory:
-    """Which rows are hot, and how many hot rows stand before a row: two reads of memory per row.
-
-    Args:
-        bits, ranks: as `directory` makes them; may be views of a mapped file.
-    """
-
-    def __init__(self, bits: npt.NDArray[np.int64], ranks: npt.NDArray[np.int32]) -> None:
-        self.bits, self.ranks = bits.view(np.uint64), ranks  # counting bits of signed words drops the sign
-
-    def find(self, ids: Ids) -> tuple[npt.NDArray[np.bool_], Ids]:
-        """ids [n] below the table's rows -> (is hot [n], hot rows before [n])."""
-        if not len(self.ranks):
-            return np.zeros(len(ids), np.bool_), np.zeros(len(ids), np.int64)
-        block, row = ids >> 9, ids & (BLOCK - 1)
-        words = self.bits[block]
-        before = np.bitwise_count(words & _BEFORE[row]).sum(axis=1, dtype=np.int64)
-        return (words & _OWN[row]).any(axis=1), before + self.ranks[block]

@@ -1,6 +1,7 @@
-"""Reading many pages of a file at once: Linux native asynchronous I/O, or threads where it is missing.
+"""Reading many pages of files at once: Linux native asynchronous I/O, or threads where it is missing.
 
-Knows offsets in a file and slots of memory; neither tables nor caches. A queue belongs to one thread.
+Knows offsets in a file and slots of memory; neither tables nor caches. A queue belongs to one thread;
+compiled code may use a native one in its place (`container.handles.Queue`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dsv4c.runtime.buffers import zeros
+from dsv4c.runtime.container.handles import DEPTH, Queue
+
 I64 = npt.NDArray[np.int64]
-DEPTH = 256
-"""Reads that may be under way in one queue."""
 
 
 class Pages:
@@ -71,6 +73,12 @@ _EVENT = np.dtype([("data", "<u8"), ("request", "<u8"), ("result", "<i8"), ("res
 class NativeQueue:
     """io_submit and io_getevents: one system call starts a whole batch, a fifth of the cost of threads.
 
+    Attributes:
+        words: the `Queue`; compiled code that uses it takes it over.
+
+    Args:
+        fd: the file; compiled code names its own.
+
     Raises:
         OSError: the system has no such calls, or no more queues to give.
     """
@@ -84,17 +92,21 @@ class NativeQueue:
         self._setup, self._destroy, self._getevents, self._submit = calls
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.syscall.restype = ctypes.c_long
-        self._context = ctypes.c_ulong(0)
+        self._context, self._memory = ctypes.c_ulong(0), memory
         self._call(self._setup, ctypes.c_long(DEPTH), ctypes.byref(self._context))
-        self._events = np.zeros(DEPTH, _EVENT)
-        self._now = np.zeros(2, np.int64)  # a timespec of no time at all
         self._refused: list[tuple[int, int]] = []
+        self.words = words = zeros((Queue.WORDS,), np.int64)
+        words[Queue.CONTEXT], words[Queue.SUBMIT] = self._context.value, self._submit
+        words[Queue.GET_EVENTS] = self._getevents
+        words[Queue.MEMORY], words[Queue.SIZE] = memory.addresses[0], memory.size
+        requests = words[Queue.REQUESTS : Queue.EVENTS].view(_IOCB)  # one per slot
+        self._events = words[Queue.EVENTS :].view(_EVENT)
         count = len(memory.addresses)
-        self._requests = requests = np.zeros(count, _IOCB)  # one per slot; only offsets change
-        requests["data"], requests["buffer"] = np.arange(count), memory.addresses
-        requests["fd"], requests["nbytes"] = fd, memory.size
+        requests["data"][:count], requests["buffer"][:count] = np.arange(count), memory.addresses
+        requests["fd"], requests["nbytes"] = max(fd, 0), memory.size
         self._offsets = requests["offset"]
         self._pointers = requests.ctypes.data + _IOCB.itemsize * np.arange(count, dtype=np.int64)
+        self._all_free()
 
     def _call(self, number: int, *args: object) -> int:
         """One system call; ctypes lets other Python threads run meanwhile."""
@@ -124,10 +136,24 @@ class NativeQueue:
         count = self._call(
             self._getevents, self._context, ctypes.c_long(int(block)), ctypes.c_long(DEPTH),
             ctypes.c_void_p(self._events.ctypes.data),
-            None if block else ctypes.c_void_p(self._now.ctypes.data),
+            None if block else ctypes.c_void_p(self.words[Queue.NEVER :].ctypes.data),
         )  # fmt: skip
         events = self._events[:count]
         return events["data"].astype(np.int64), events["result"].copy()
+
+    def abandon(self) -> None:
+        """Take back every slot that compiled code holds; waits for their reads, which own memory until
+        then."""
+        results = self.words[Queue.RESULTS : Queue.RESULTS + DEPTH]
+        under_way = int((results == Queue.PENDING).sum() - self.words[Queue.STARTED])
+        while under_way:
+            under_way -= len(self.finish(block=True)[0])
+        self._all_free()
+
+    def _all_free(self) -> None:
+        self.words[Queue.RESULTS : Queue.RESULTS + DEPTH] = 0
+        self.words[Queue.FREE_SLOTS : Queue.FREE_SLOTS + DEPTH] = np.arange(DEPTH)
+        self.words[Queue.FREE], self.words[Queue.STARTED] = DEPTH, 0
 
     def close(self) -> None:
         """Wait for reads under way, so that none writes into memory that is gone."""

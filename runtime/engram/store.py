@@ -1,7 +1,7 @@
 """One looked-up table of an open artifact: hot region, cache and file, shared by all sessions of a process.
 
-Knows where records are, and counts; `lookup` reads them. Several processes share the file and the hot region,
-which is mapped; each has a cache of its own.
+Owns the memory that compiled code looks rows up in, and the counts it keeps there; copies no record itself.
+Several processes share the file and the hot region, which is mapped; each has a cache of its own.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv4c.errors import ArtifactError, SessionError
+from dsv4c.runtime.buffers import zeros
 from dsv4c.runtime.container import Artifact
+from dsv4c.runtime.container.handles import WAYS, Handle, Store
 from dsv4c.runtime.container.layout import HEADER_BYTES
-from dsv4c.runtime.container.tables import Directory, TableLayout
+from dsv4c.runtime.container.tables import TableLayout
 
-from .cache import RecordCache
 from .options import TableOptions, TableStatistics
 from .queue import Pages
 
-Bytes = npt.NDArray[np.uint8]
-Ids = npt.NDArray[np.int64]
+Words = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ _LOCK = threading.Lock()
 
 
 class TableStore:
-    """The table `name` of an artifact. Thread-safe; sessions take it from `open`, which shares it.
+    """The table `name` of an artifact; sessions take it from `open`, which shares it.
+
+    Compiled code works on it under a lock of its own: a cache of records with a fixed budget, eight ways per
+    set, in which the least recently used way gives room.
 
     Attributes:
         layout: sizes.
@@ -52,6 +55,7 @@ class TableStore:
             the resident tier.
         fd: the artifact's file, for reading pages; -1 for the resident tier.
         cold_offset: of the first page in the file.
+        sets: of the cache; 0 holds nothing.
 
     Raises:
         ArtifactError: the artifact has no such table, its tensors do not fit, or its file was replaced.
@@ -66,24 +70,25 @@ class TableStore:
             if entry is None or (entry.dtype, entry.shape) != (dtype, shape):
                 what = f"tensor {tensor!r} of table {name!r} is missing or of another shape"
                 raise ArtifactError(what, where=self.path, allowed=f"{dtype}{list(shape)}")
-        self._directory = Directory(artifact.array(f"{name}.bits"), artifact.array(f"{name}.ranks"))
-        self._hot: Bytes = artifact.array(f"{name}.hot")
+        self._mapped = {part: artifact.array(f"{name}.{part}") for part in ("hot", "bits", "ranks", "cold")}
         for part in ("bits", "ranks", "hot"):
             artifact.read_ahead(f"{name}.{part}")
-        cold: Bytes = artifact.array(f"{name}.cold")
         self.cold_offset = artifact.tensors[f"{name}.cold"].offset
-        slots, record = self.layout.slots, self.layout.record
-        self._cold = cold[:, : slots * record].reshape(-1, slots, record) if cold.size else cold
         self.tier = options.tier or facts["tier"]
-        self.fd, self.direct = -1, False
-        share = int(facts["cache_bytes"])
-        if options.cache_bytes is not None:
-            share = options.cache_bytes * share // max(int(facts["all_cache_bytes"]), 1)
+        self.fd, self.direct, budget = -1, False, 0
         if self.tier == "disk":
             self.fd, self.direct = _open(artifact, self.cold_offset, self.layout, options.direct)
             weakref.finalize(self, os.close, self.fd)
-        self._cache = RecordCache(share if self.tier == "disk" else 0, record)
-        self._lock, self.statistics = threading.Lock(), TableStatistics()
+            budget = int(facts["cache_bytes"])
+            if options.cache_bytes is not None:
+                budget = options.cache_bytes * budget // max(int(facts["all_cache_bytes"]), 1)
+        self.sets = budget // (WAYS * (self.layout.record + 8))
+        # row ids, then ages: a set is one line of 64 bytes
+        self._ages = zeros((self.sets, 2 * WAYS), np.int32)
+        self._ages[:, :WAYS] = -1
+        self._records = np.empty((self.sets * WAYS, self.layout.record), np.uint8)  # touched only when filled
+        self._words = zeros((Store.WORDS,), np.int64)
+        self._counted = self._words.copy()
 
     @classmethod
     def open(cls, artifact: Artifact, name: str, options: TableOptions | None = None) -> TableStore:
@@ -100,67 +105,53 @@ class TableStore:
     @property
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of hot region, directory and cache; the first two are mapped and shared between processes."""
-        sizes = {"hot": self._hot.nbytes, "directory": self.layout.directory_bytes}
-        return {**sizes, "cache": self._cache.nbytes}
+        sizes = {"hot": self._mapped["hot"].nbytes, "directory": self.layout.directory_bytes}
+        return {**sizes, "cache": self._ages.nbytes + self._records.nbytes}
 
-    def gather(self, ids: Ids, out: Bytes) -> tuple[npt.NDArray[np.intp], Ids]:
-        """Copy what memory has of rows ids [n], none negative, into out [n,record].
+    def describe(self, handle: Words) -> None:
+        """Fill in the words of a `Handle` that are the same for all sessions."""
+        address = {part: array.ctypes.data for part, array in self._mapped.items()}
+        handle[Handle.ROWS] = self.layout.rows
+        handle[Handle.HOT], handle[Handle.BITS] = address["hot"], address["bits"]
+        handle[Handle.RANKS] = address["ranks"] if self.layout.blocks else 0
+        handle[Handle.COLD] = address["cold"]
+        handle[Handle.STORE] = self._words.ctypes.data
+        handle[Handle.AGES], handle[Handle.RECORDS] = self._ages.ctypes.data, self._records.ctypes.data
+        handle[Handle.SETS], handle[Handle.FILE] = self.sets, self.fd
+        handle[Handle.COLD_OFFSET] = self.cold_offset
 
-        Returns:
-            Which rows are still missing, as indices, and their numbers among the cold rows.
-
-        Raises:
-            SessionError: an id is beyond the table.
-        """
-        if len(ids) and ids.max() >= self.layout.rows:
-            allowed = f"0..{self.layout.rows - 1}"
-            raise SessionError("a row id is outside the table", where=self.layout.name, allowed=allowed)
-        rest, cold = np.arange(len(ids)), ids
-        if self.layout.hot_rows:
-            hot, rank = self._directory.find(ids)
-            at = np.flatnonzero(hot)
-            out[at] = self._hot[rank[at]]
-            rest = np.flatnonzero(~hot)
-            cold = (ids - rank)[rest]
-        n, past = len(ids), len(rest)
-        if self.tier == "resident":
-            out[rest] = self._cold[cold // self.layout.slots, cold % self.layout.slots]
-            self.count(n, n - past, past)
-            return np.empty(0, np.intp), np.empty(0, np.int64)
-        with self._lock:
-            found = self._cache.take(ids[rest], out, rest)
-        missing = np.flatnonzero(~found)
-        self.count(n, n - past, past - len(missing), len(missing))
-        return rest[missing], cold[missing]
-
-    def keep(self, ids: Ids, records: Bytes) -> None:
-        """Put records [n,record] that were read into the cache; the same id may come twice."""
-        with self._lock:
-            self.statistics.evicted += self._cache.put(ids, records)
-
-    def count(self, rows: int, hot: int, cached: int, read: int = 0) -> None:
-        """Where the rows of one call came from."""
-        with self._lock:
-            s = self.statistics
-            s.rows, s.hot, s.cached, s.read = s.rows + rows, s.hot + hot, s.cached + cached, s.read + read
-
-    def count_pages(self, pages: int) -> None:
-        with self._lock:
-            self.statistics.pages += pages
-            self.statistics.bytes += pages * self.layout.page
-
-    def count_wait(self, ready: bool, seconds: float) -> None:
-        """How a fetch found its reads."""
-        with self._lock:
-            if ready:
-                self.statistics.ready += 1
-            else:
-                self.statistics.stalls += 1
-                self.statistics.stall_seconds += seconds
+    @property
+    def statistics(self) -> TableStatistics:
+        """What was counted so far."""
+        n = self._words - self._counted
+        return TableStatistics(
+            rows=int(n[Store.ROWS]), hot=int(n[Store.HOT]), cached=int(n[Store.CACHED]),
+            read=int(n[Store.READ]), pages=int(n[Store.PAGES]),
+            bytes=int(n[Store.PAGES]) * self.layout.page, ready=int(n[Store.READY]),
+            stalls=int(n[Store.STALLS]), stall_seconds=int(n[Store.STALLED]) / 1e9,
+            evicted=int(n[Store.EVICTED]),
+        )  # fmt: skip
 
     def reset_statistics(self) -> None:
-        with self._lock:
-            self.statistics = TableStatistics()
+        """Count from here on."""
+        self._counted = self._words.copy()
+
+    def error(self, what: str, page: int) -> SessionError:
+        """A read of a page that failed."""
+        offset = self.cold_offset + page * self.layout.page
+        return SessionError(
+            what,
+            where=f"{self.path}, table {self.layout.name}, offset {offset}",
+            hint="the session is as it was before the step; copy the file again from its source",
+        )
+
+    def read_error(self, result: int, page: int) -> SessionError:
+        """The error for what a read of a page gave: too few bytes, or minus an error number."""
+        if result < 0:
+            return self.error(f"a page cannot be read: {os.strerror(-result)}", page)
+        return self.error(
+            f"a page ends after {result} of {self.layout.page} bytes: the file is cut short", page
+        )
 
 
 def _facts(artifact: Artifact, name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Knows the rules of preprocessing and of spans; neither the vision tower nor how 
 from .load import ImagePatches, load_patches
 from .prompt import MARKER, encode_with_images, split_prompt
 from .rules import ImagePlan, ImageRules, plan
-from .span import END, IMAGE, NEWLINE, START, TEXT, Expanded, SpanRows, expand, span_rows
+from .span import END, IMAGE, NEWLINE, START, TEXT, Expanded, expand
 
 __all__ = [
     "END",
@@ -19,11 +19,9 @@ __all__ = [
     "ImagePatches",
     "ImagePlan",
     "ImageRules",
-    "SpanRows",
     "encode_with_images",
     "expand",
     "load_patches",
     "plan",
-    "span_rows",
     "split_prompt",
 ]

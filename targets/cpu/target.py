@@ -13,12 +13,17 @@ _V3 = (*_V2, "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 
 ARCHS = (
+    Arch(
+        "x86-64-v4-bf16", {"mcpu": "x86-64-v4", "mattr": "+avx512bf16,+avx512vnni"},
+        (*_V4, "avx512_bf16", "avx512_vnni"),
+    ),
     Arch("x86-64-v4", {"mcpu": "x86-64-v4"}, _V4),
     Arch("x86-64-v3", {"mcpu": "x86-64-v3"}, _V3),
     Arch("x86-64-v2", {"mcpu": "x86-64-v2"}, _V2),
     Arch("aarch64", {"mtriple": "aarch64-linux-gnu", "mcpu": "generic"}, (), "aarch64"),
 )
-"""The psABI levels and generic 64-bit ARM; an artifact runs on every machine that has its arch's features."""
+"""The psABI levels, the fourth with dot products (Zen 4, Cooper Lake and later), and generic 64-bit ARM; an
+artifact runs on every machine that has its arch's features."""
 
 _ENGRAM = frozenset({"stream_norm", "short_conv", "engram_prefetch", "engram_fetch"})
 """What only the TVM emitter takes so far: a variant's convolution, and tables in a store."""
@@ -101,5 +106,9 @@ CPU = Target(
         ),
     ),
     default_arch=host_arch,
-    numerics={"exact": "", "reference": "apply_reference_rounding"},
+    numerics={
+        "exact": "",
+        "bf16": 'default,before(merge_projections, quantise_activations{rule="bf16"})',
+        "reference": "apply_reference_rounding",
+    },
 )

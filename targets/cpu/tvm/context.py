@@ -18,6 +18,7 @@ from dsv4c.ir.graph import Op, Value
 from dsv4c.ir.types import TensorType
 from dsv4c.ir.weights import WeightExpr
 
+from .fixed import Fixed
 from .kernels.packing import Simd
 
 DTYPES = {
@@ -44,6 +45,9 @@ class Context:
         memo: what a lowering keeps so that another op need not compute it again.
         handles: looked-up table -> the parameter by which the runtime knows it; after the weights, in order.
         tables: looked-up table -> its `StoredTable`.
+        calls: the functions that the step calls, in order.
+        callers: the op of each of them.
+        one: the step for one token of one sequence, where it has such a form.
     """
 
     builder: relax.BlockBuilder
@@ -58,6 +62,9 @@ class Context:
     memo: dict[tuple[object, ...], Any] = field(default_factory=dict)
     handles: dict[str, Var] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+    callers: list[Op] = field(default_factory=list)
+    one: Fixed | None = None
 
     def dim(self, d: Dim | int) -> Any:
         """An IR dimension as a TIR expression over int64 variables.
@@ -89,6 +96,7 @@ class Context:
 
     def call(self, kernel: Any, args: list[Var], *results: Any) -> list[Var]:
         """Call a kernel that writes fresh results of the given Relax types."""
+        self.calls.append(kernel.name_hint)
         if len(results) == 1:
             return [self.builder.emit(relax.call_tir(kernel, args, results[0]))]
         both = self.builder.emit(relax.call_tir(kernel, args, list(results)))
@@ -96,6 +104,7 @@ class Context:
 
     def update(self, kernel: Any, args: list[Var], index: int, result: Any) -> Var:
         """Call a kernel that overwrites argument `index`."""
+        self.calls.append(kernel.name_hint)
         return self.builder.emit(relax.call_tir_inplace(kernel, args, [index], result))
 
     def lower(self, op: Op, factory: Callable[..., Any], *key: Any, args: list[Var] | None = None) -> None:

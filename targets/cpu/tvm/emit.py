@@ -12,16 +12,19 @@ import tvm
 from tvm import relax
 
 from dsv4c.errors import TargetError, ToolchainError, unknown
-from dsv4c.ir.dims import Dim
+from dsv4c.ir.dims import Dim, evaluate
 from dsv4c.ir.graph import Module
 from dsv4c.ir.weights import TensorStore, WeightExpr, stream
 from dsv4c.runtime.container import ArtifactWriter
 from dsv4c.targets.base import Arch, Progress
 
+from .calls import calls_meta
 from .context import Context
+from .fixed import Fixed, add_fixed
 from .kernels.packing import Simd
 from .link import find_linker
 from .lowering import LOWERINGS
+from .probes import probes, probes_meta
 from .tables import state_writes, tables_meta, write_table
 
 
@@ -58,19 +61,34 @@ def emit_tvm(
             progress("weights", done, total)
     writer.set_meta("tables", tables_meta(built["step"].tables))
     parts = {name: _facts(part, built[name]) for name, part in module.parts.items()}
-    writer.set_meta("tvm", _facts(module, built["step"]) | {"writes": state_writes(module), "parts": parts})
+    more = {"writes": state_writes(module), "parts": parts, "probes": probes_meta(simd_of(arch))}
+    writer.set_meta("tvm", _facts(module, built["step"]) | more)
 
 
 def _facts(module: Module, context: Context) -> dict[str, Any]:
-    """How a program is called: its arguments in order, and the names of its results."""
+    """How a program is called: its arguments in order, the names of its results, and what it calls."""
     inputs = {
         name: {"dtype": v.type.dtype.storage.name, "shape": [str(d) for d in v.type.shape]}
         for name, v in module.inputs.items()
     }
-    return {
+    one = {"one": _one_facts(module, context.one)} if context.one is not None else {}
+    return one | {
         "weights": list(context.packed), "tables": list(context.handles), "inputs": inputs,
-        "states": list(module.states), "outputs": results_of(module),
+        "states": list(module.states), "outputs": results_of(module), "calls": calls_meta(module, context),
     }  # fmt: skip
+
+
+def _one_facts(module: Module, one: Fixed) -> dict[str, Any]:
+    sizes = _ones(module)
+    shapes = [[evaluate(d, sizes) for d in v.type.shape] for v in module.inputs.values()]
+    return one.meta() | {"inputs": shapes}
+
+
+def _ones(module: Module) -> dict[str, int]:
+    """Every symbol of the inputs: one sequence, one token, one row of logits, room for one row of an
+    image."""
+    dims = (d for v in module.inputs.values() for d in v.type.shape if isinstance(d, Dim))
+    return {symbol: 1 for d in dims for symbol in d.symbols()}
 
 
 def build_relax(module: Module, simd: Simd = Simd.NONE) -> tuple[Context, Any]:
@@ -80,7 +98,10 @@ def build_relax(module: Module, simd: Simd = Simd.NONE) -> tuple[Context, Any]:
 
 
 def build_programs(programs: Mapping[str, Module], simd: Simd) -> tuple[dict[str, Context], Any]:
-    """One Relax module with a function per program; kernels and equal parameters are shared."""
+    """One Relax module with a function per program; kernels and equal parameters are shared.
+
+    The program `step` has a second function, `step_one`, for one token of one sequence, where it can.
+    """
     builder, kernels, claimed = relax.BlockBuilder(), dict[Any, Any](), dict[str, WeightExpr]()
     built: dict[str, Context] = {}
     for name, module in programs.items():
@@ -89,6 +110,10 @@ def build_programs(programs: Mapping[str, Module], simd: Simd) -> tuple[dict[str
         context = built[name] = Context(builder, bound, simd, kernels=kernels, claimed=claimed)
         _build(module, context, name)
         claimed.update({key: expr for key, (_, expr) in context.packed.items()})
+        if name == "step":
+            context.one = add_fixed(builder, name, _ones(module), "step_one")
+    for name, function in probes(simd).items():
+        builder.add_func(function, name)
     return built, builder.get()
 
 
@@ -107,6 +132,7 @@ def _build(module: Module, context: Context, function: str) -> None:
             if op.name not in LOWERINGS:
                 raise TargetError(str(unknown("op", op.name, LOWERINGS, TargetError)), where=op.loc)
             LOWERINGS[op.name](context, op)
+            context.callers += [op] * (len(context.calls) - len(context.callers))
         names = [*results_of(module), *module.states]
         results = relax.Tuple([context.values[module.outputs[n]] for n in names])
         weights = [var for var, _ in context.packed.values()]
@@ -122,13 +148,15 @@ def simd_of(arch: Arch) -> Simd:
     """The best vector instructions that every machine of an arch has."""
     if arch.machine == "aarch64":
         return Simd.NEON
-    names = {"avx512bw": Simd.AVX512, "avx2": Simd.AVX2, "ssse3": Simd.SSSE3}
+    names = {"avx512_bf16": Simd.AVX512_BF16, "avx512bw": Simd.AVX512, "avx2": Simd.AVX2, "ssse3": Simd.SSSE3}
     return next((simd for flag, simd in names.items() if flag in arch.requires), Simd.NONE)
 
 
-def cross_attributes(arch: Arch) -> dict[str, str]:
+def cross_attributes(arch: Arch) -> dict[str, Any]:
     """LLVM attributes of an arch; the triple only where the host differs."""
-    attributes = dict(arch.attributes)
+    attributes: dict[str, Any] = dict(arch.attributes)
+    if "mattr" in attributes:
+        attributes["mattr"] = attributes["mattr"].split(",")
     if arch.machine == platform.machine():
         attributes.pop("mtriple", None)
     return attributes
@@ -138,7 +166,7 @@ def _identifier(name: str) -> str:
     return name.replace(".", "_")
 
 
-def compile_module(relax_module: Any, cpu: dict[str, str]) -> bytes:
+def compile_module(relax_module: Any, cpu: dict[str, Any]) -> bytes:
     """Compile and link; returns the bytes of the shared object.
 
     Raises:

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import relax
 
 from dsv4c.ir import weights as w
-from dsv4c.ir.graph import Op, Value
+from dsv4c.ir.graph import Op
 from dsv4c.ir.weights import WeightExpr
 
 from . import matrix
 from .context import Context, ints
-from .kernels import attend, compress, dense, hyper, route, rowwise, select, state, statistics
-from .kernels.product import panel_width
+from .kernels import attend, compress, dense, hyper, route, rowwise, select, state
 from .lowering_engram import ENGRAM_LOWERINGS
 from .lowering_engram_store import ENGRAM_STORE_LOWERINGS
 from .lowering_fused import FUSED_LOWERINGS
+from .lowering_products import PRODUCT_LOWERINGS
 from .lowering_rounding import (
     ROUNDING_LOWERINGS,
     attention_in_blocks,
     index_select_in_order,
-    rounded_expert_mlp,
     unit_norm_in_steps,
 )
 from .lowering_v41 import V41_LOWERINGS, index_select_in_blocks, route_topk_of_images
@@ -51,27 +49,6 @@ def embed(c: Context, op: Op) -> None:
 
 def repeat_streams(c: Context, op: Op) -> None:
     c.lower(op, rowwise.repeat_streams, op.attrs["n"], ints(op.operands[0])[-1])
-
-
-def linear(c: Context, op: Op) -> None:
-    x, weight_ = op.operands
-    n, k = ints(weight_)
-    m = matrix.in_panels(c, weight_, panel_width(n))
-    c.lower(op, dense.grouped_linear, None, 1, k, n, m.packing, args=[c.values[x], *m.args])
-
-
-def grouped_linear(c: Context, op: Op) -> None:
-    x, weight_ = op.operands
-    groups = op.attrs["groups"]
-    assert isinstance(groups, int)
-    rows, k = ints(weight_)
-    n = rows // groups
-
-    def pieces(e: WeightExpr) -> tuple[WeightExpr, ...]:
-        return tuple(w.rows(e, g * n, (g + 1) * n) for g in range(groups))
-
-    m = matrix.in_panels(c, weight_, panel_width(n), pieces)
-    c.lower(op, dense.grouped_linear, ints(x), groups, k, n, m.packing, args=[c.values[x], *m.args])
 
 
 def rms_norm(c: Context, op: Op) -> None:
@@ -240,86 +217,9 @@ def route_weights(c: Context, op: Op) -> None:
     c.lower(op, route.route_weights, ints(scores)[0], ints(ids)[0], op.attrs["factor"], op.attrs["eps"])
 
 
-@dataclass(frozen=True)
-class _Routes:
-    """The hidden values of every route, sorted by expert, and what leads from them to the outputs."""
-
-    order: Any
-    starts: Any
-    hidden: Any
-    second: matrix.Matrix
-    shape: tuple[int, int, int, int]
-    """Experts, width, inner width, experts per token."""
-    count: Any
-
-    def output(self, c: Context, order: Any, topk: int, result: Any) -> Any:
-        """The second half: every route's row added to the row that `order` // topk says."""
-        experts, k, inner, _ = self.shape
-        kernel = c.kernel(dense.expert_output, experts, k, inner, topk, self.second.packing)
-        return c.call(kernel, [self.hidden, order, self.starts, *self.second.args], result)[0]
-
-
-def _routes(c: Context, op: Op, operands: list[Value]) -> _Routes:
-    """First half of the expert MLP; computed once where two ops read the same operands."""
-    x, ids, weights, n_valid, w13, w2 = operands
-    key = ("routes", *operands, op.attrs["limit"])
-    known: _Routes | None = c.memo.get(key)
-    if known is not None:
-        return known
-    experts, k, inner = ints(w2)
-    topk = ints(ids)[0]
-    b, t = (c.dim(d) for d in x.type.shape[:2])
-    routes = b * t * topk
-    order, starts = c.call(
-        c.kernel(dense.expert_order, experts, topk), [c.values[ids], c.values[n_valid]],
-        relax.TensorType([routes], "int32"), relax.TensorType([experts + 1], "int32"),
-    )  # fmt: skip
-    first = matrix.in_panels(
-        c, w13, 2 * dense.PAIR, lambda e: tuple(w.pair_rows(m, dense.PAIR) for m in matrix.entries(e))
-    )
-    second = matrix.in_panels(c, w2, panel_width(k), matrix.entries)
-    gather = c.kernel(dense.expert_gather, experts, k, topk)
-    (rows,) = c.call(gather, [c.values[x], order, starts], relax.TensorType([routes, k], "float32"))
-    (hidden,) = c.call(
-        c.kernel(dense.expert_hidden, experts, k, inner, topk, op.attrs["limit"], first.packing),
-        [rows, c.values[weights], order, starts, *first.args],
-        relax.TensorType([routes, inner], "float32"),
-    )
-    c.memo[key] = found = _Routes(order, starts, hidden, second, (experts, k, inner, topk), routes)
-    return found
-
-
-def expert_mlp(c: Context, op: Op) -> None:
-    if op.attrs["rounding"] != "none":
-        return rounded_expert_mlp(c, op)
-    r = _routes(c, op, op.operands)
-    c.values[op.result] = r.output(c, r.order, r.shape[-1], c.tensor(op.result.type))
-
-
-def expert_statistics(c: Context, op: Op) -> None:
-    """The second half of the expert MLP with every route as a row of its own, so that none are added up."""
-    counts, *operands = op.operands
-    r = _routes(c, op, operands)
-    experts, k, _, topk = r.shape
-    ids, weights = operands[1:3]
-    rows = relax.TensorType([r.count], "int32")
-    (own,) = c.call(c.kernel(statistics.route_rows, topk), [c.values[ids]], rows)
-    outputs = r.output(c, own, 1, relax.TensorType([c.dim(1), r.count, c.dim(k)], "float32"))
-    c.values[op.result] = c.update(
-        c.kernel(statistics.expert_usage, experts, k, topk),
-        [c.values[counts], outputs, c.values[weights], r.order, r.starts], 0, c.tensor(op.result.type),
-    )  # fmt: skip
-
-
-def input_statistics(c: Context, op: Op) -> None:
-    kernel = c.kernel(statistics.column_squares, *ints(op.result))
-    args = [c.values[v] for v in op.operands]
-    c.values[op.result] = c.update(kernel, args, 0, c.tensor(op.result.type))
-
-
 LOWERINGS: dict[str, Lowering] = {
-    "weight": weight, "embed": embed, "repeat_streams": repeat_streams, "linear": linear,
-    "grouped_linear": grouped_linear, "rms_norm": rms_norm, "unit_norm": unit_norm,
+    "weight": weight, "embed": embed, "repeat_streams": repeat_streams,
+    "rms_norm": rms_norm, "unit_norm": unit_norm,
     "split_heads": split_heads, "add": add, "scale": scale, "sqrt_softplus": sqrt_softplus,
     "clamped_swiglu": clamped_swiglu, "gather_rows": gather_rows, "positions": positions,
     "entry_positions": entry_positions, "advance": advance, "ring_write": ring_write,
@@ -327,9 +227,8 @@ LOWERINGS: dict[str, Lowering] = {
     "position_bias": position_bias, "compress": compress_, "index_select": index_select,
     "attention": attention, "hc_mix": hc_mix, "hc_collapse": hc_collapse, "hc_expand": hc_expand,
     "hc_head_mix": hc_head_mix, "route_topk": route_topk, "route_hash": route_hash,
-    "route_weights": route_weights, "expert_mlp": expert_mlp, "expert_statistics": expert_statistics,
-    "input_statistics": input_statistics,
-    **FUSED_LOWERINGS, **ENGRAM_LOWERINGS, **ENGRAM_STORE_LOWERINGS, **ROUNDING_LOWERINGS,
-    **V41_LOWERINGS,
+    "route_weights": route_weights,
+    **PRODUCT_LOWERINGS, **FUSED_LOWERINGS, **ENGRAM_LOWERINGS, **ENGRAM_STORE_LOWERINGS,
+    **ROUNDING_LOWERINGS, **V41_LOWERINGS,
 }  # fmt: skip
 """Every op this emitter takes."""

@@ -1,4 +1,5 @@
-"""How looking up stored rows becomes calls into the runtime and a kernel that decodes what they bring."""
+"""How looking up stored rows becomes two kernels on the runtime's memory, and one that decodes what they
+bring."""
 
 from __future__ import annotations
 
@@ -13,13 +14,11 @@ from dsv4c.errors import TargetError
 from dsv4c.ir.dtypes import DType, decode
 from dsv4c.ir.graph import Op, Value
 from dsv4c.ir.weights import WeightExpr
+from dsv4c.runtime.container.handles import Handle, Ticket
 from dsv4c.runtime.container.tables import TableLayout
 
 from .context import DTYPES, Context, ints, is_bf16
-from .kernels import engram_store
-
-PREFETCH, FETCH = "dsv4c.table_prefetch", "dsv4c.table_fetch"
-"""What the runtime registers: (rows, handle) -> ticket, and (ticket, handle) -> records."""
+from .kernels import engram_lookup, engram_store
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,18 +45,26 @@ class StoredTable:
 
 def _handle(c: Context, store: str) -> Any:
     """The parameter by which the runtime tells its tables apart."""
-    return c.handles.setdefault(store, relax.Var(f"table{len(c.handles)}", relax.TensorType([1], "int64")))
+    type_ = relax.TensorType([Handle.WORDS], "int64")
+    return c.handles.setdefault(store, relax.Var(f"table{len(c.handles)}", type_))
 
 
 def engram_prefetch(c: Context, op: Op) -> None:
-    """The ticket is a number of the runtime's; only `engram_fetch` reads it."""
+    """A ticket is two tensors that only `engram_fetch` reads: what is missing, and the records that are
+    there."""
     (rows,) = op.operands
-    wrong = [u.name for u in op.result.users() if u.name != "engram_fetch"]
-    if wrong:
-        raise TargetError(f"a ticket is read by {wrong[0]}", where=op.loc, allowed="engram_fetch")
-    args = [c.values[rows], _handle(c, str(op.attrs["store"]))]
-    call = relax.op.call_dps_packed(PREFETCH, args, relax.TensorType([1], "int64"))
-    c.values[op.result] = c.builder.emit(call)
+    users = [u for u in op.result.users() if u.name == "engram_fetch"]
+    wrong = [u.name for u in op.result.users() if u not in users]
+    if wrong or len(users) != 1:
+        what = f"a ticket is read by {wrong[0]}" if wrong else f"a ticket is read {len(users)} times"
+        raise TargetError(what, where=op.loc, allowed="one engram_fetch")
+    record, page = _sizes(users[0])
+    b, t, columns = (c.dim(d) for d in rows.type.shape)
+    kernel = c.kernel(engram_lookup.engram_rows_begin, record, page, ints(rows)[-1])
+    ticket = relax.TensorType([b, t, columns + 1, Ticket.EACH], "int32")
+    found = relax.TensorType([b, t, columns, record], "uint8")
+    made = c.call(kernel, [c.values[rows], _handle(c, str(op.attrs["store"]))], ticket, found)
+    c.values[op.result], c.memo["found", op.result] = made
 
 
 def engram_fetch(c: Context, op: Op) -> None:
@@ -69,12 +76,13 @@ def engram_fetch(c: Context, op: Op) -> None:
     ):
         raise TargetError(f"two tables are called {table.layout.name!r}", where=op.loc)
     b, t, columns = ticket.type.shape
-    width, record = ints(codes)[1], table.layout.record
+    width, (record, page) = ints(codes)[1], _sizes(op)
     number = "uint8" if scales else DTYPES[codes.type.dtype]
     count = record // codes.type.dtype.itemsize
-    shape = [c.dim(d) for d in (b, t, columns, count)]
-    args = [c.values[ticket], _handle(c, table.layout.name)]
-    records = c.builder.emit(relax.op.call_dps_packed(FETCH, args, relax.TensorType(shape, number)))
+    type_ = relax.TensorType([c.dim(d) for d in (b, t, columns, count)], number)
+    args = [c.values[ticket], c.memo["found", ticket], _handle(c, table.layout.name)]
+    kernel = c.kernel(engram_lookup.engram_rows_end, record, page, ints(ticket)[-1], number)
+    (records,) = c.call(kernel, args, type_)
     if scales:
         key = (record, width, ints(scales[0])[1], ints(ticket)[-1])
         values = [_values(v.type.dtype) for v in (codes, scales[0])]
@@ -84,13 +92,20 @@ def engram_fetch(c: Context, op: Op) -> None:
         c.lower(op, engram_store.engram_records_plain, *key, args=[records])
 
 
+def _sizes(op: Op) -> tuple[int, int]:
+    """Bytes of a record and of a page."""
+    record, page = op.attrs["record"], op.attrs["page"]
+    assert isinstance(record, int) and isinstance(page, int)
+    return record, page
+
+
 def _table(op: Op, codes: Value, hot: Value, scales: list[Value]) -> StoredTable:
     parts = [_expression(v, op) for v in (codes, hot, *scales)]
     (rows, width), a = ints(codes), op.attrs
     payload = width * codes.type.dtype.itemsize + sum(ints(s)[1] * s.type.dtype.itemsize for s in scales)
-    sizes = [a["record"], a["page"], a["cache_bytes"]]
-    assert all(isinstance(n, int) for n in sizes)
-    record, page, cache = (int(str(n)) for n in sizes)
+    record, page = _sizes(op)
+    cache = a["cache_bytes"]
+    assert isinstance(cache, int)
     layout = TableLayout(str(a["store"]), rows, payload, record, page, ints(hot)[0])
     return StoredTable(
         layout, parts[0], parts[1], parts[2] if scales else None, str(a["tier"]), cache

@@ -17,27 +17,18 @@ from .kernels import attend, dense, rounded_attention, rounding, unfused
 from .kernels.vec import LANES
 
 
-def _rows_of(value: Value) -> tuple[int | None, int]:
+def rows_of(value: Value) -> tuple[int | None, int]:
     """(heads, d) of [B,T,heads,d], or (None, d) of [B,T,d]."""
     sizes = ints(value)
     return (sizes[0], sizes[1]) if value.type.rank == 4 else (None, sizes[-1])
 
 
-def round_values(c: Context, op: Op) -> None:
-    (heads, d), rule = _rows_of(op.result), op.attrs["rule"]
-    channels = op.attrs["channels"] or d
-    if rule == "bf16":
-        c.lower(op, rounding.round_bf16, heads, d, channels)
-    else:
-        c.lower(op, rounding.round_blocks, heads, d, rule, op.attrs["block"] or channels, channels)
-
-
 def hadamard(c: Context, op: Op) -> None:
-    c.lower(op, rounding.hadamard, *_rows_of(op.result))
+    c.lower(op, rounding.hadamard, *rows_of(op.result))
 
 
 def unit_norm_in_steps(c: Context, op: Op) -> None:
-    c.lower(op, rounding.norm_in_steps, *_rows_of(op.result), op.attrs["eps"])
+    c.lower(op, rounding.norm_in_steps, *rows_of(op.result), op.attrs["eps"])
 
 
 def attention_in_blocks(c: Context, op: Op, shape: attend.AttentionShape, args: list[Any]) -> None:
@@ -94,6 +85,6 @@ def _panels(expr: WeightExpr) -> WeightExpr:
 
 
 ROUNDING_LOWERINGS: dict[str, Callable[[Context, Op], None]] = {
-    "round_values": round_values, "hadamard": hadamard,
+    "hadamard": hadamard,
 }  # fmt: skip
 """Ops of the `rounding` family."""

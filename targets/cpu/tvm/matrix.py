@@ -7,7 +7,7 @@ decode. Knows layouts, not ops.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsv4c.ir import layouts
@@ -32,8 +32,10 @@ class Matrix:
     args: list[Any]
 
 
-def in_panels(c: Context, value: Value, width: int, pieces: Pieces = lambda e: (e,)) -> Matrix:
-    """A weight as panels of `width` rows of its pieces."""
+def in_panels(
+    c: Context, value: Value, width: int, pieces: Pieces = lambda e: (e,), dot: bool = False
+) -> Matrix:
+    """A weight as panels of `width` rows of its pieces, for products of pairs where `dot`."""
 
     def panels(e: WeightExpr) -> WeightExpr:
         return w.concat(tuple(w.panel(m, width) for m in pieces(e)))
@@ -41,7 +43,14 @@ def in_panels(c: Context, value: Value, width: int, pieces: Pieces = lambda e: (
     def words(e: WeightExpr) -> WeightExpr:
         return w.concat(tuple(layouts.lane_words(m, width) for m in pieces(e)))
 
-    return _matrix(c, value, panels, words)
+    found = _matrix(c, value, panels, words)
+    return replace(found, packing=replace(found.packing, dot=dot))
+
+
+def is_packed(value: Value) -> bool:
+    """Whether a weight is stored as codes and scales."""
+    expr = value.producer.weight if value.producer is not None else None
+    return expr is not None and expr.dtype is DType.F32 and packed_form(expr) is not None
 
 
 def in_rows(c: Context, value: Value) -> Matrix:
@@ -62,7 +71,8 @@ def _matrix(
     assert op is not None and op.weight is not None, "a kernel's weight operand must be a weight op"
     held = packed_form(op.weight) if op.weight.dtype is DType.F32 else None
     if held is None:
-        return Matrix(Packing(op.weight.dtype, simd=c.simd), [c.weight(value, panels), unused, unused])
+        plain = panels if op.weight.dtype is DType.F32 else words
+        return Matrix(Packing(op.weight.dtype, simd=c.simd), [c.weight(value, plain), unused, unused])
     scheme, per_row = held.scheme, held.scheme.block[1] == 0
     block_scale, per_row_too = None if per_row else scheme.scale, per_row or scheme.tensor_scale
     packing = Packing(scheme.code, block_scale, scheme.block[1], per_row_too, c.simd)

@@ -11,23 +11,41 @@ from math import prod
 
 from tvm.script import tirx as T
 
+from .dot import dot_product
 from .packing import Packing, number, scale_number
 from .product import CHUNK, panel_product, panel_width
-from .vec import shape, sigmoid
+from .rounding import bf16, bf16_bits
+from .vec import LANES, ramp, shape, sigmoid, splat
 
 PAIR = 32
 """Rows of w1 and of w3 in one panel of the experts' first product."""
 
 
+def _products(p: Packing, k: int, width: int):
+    """What multiplies rows by a panel, and how many columns of X an element of its view holds."""
+    return (dot_product(p, k, width), 2) if p.dot else (panel_product(p, k, width), 1)
+
+
+def _rows_dtype(p: Packing) -> str:
+    """BF16 bits where pairs are multiplied."""
+    return "uint16" if p.dot else "float32"
+
+
+def _view_dtype(p: Packing) -> str:
+    return "uint32" if p.dot else "float32"
+
+
 def grouped_linear(heads: tuple[int, int] | None, groups: int, k: int, n: int, p: Packing):
     """X [B,S,*heads] seen as `groups` rows of k, n output rows a group -> Y [B,S,groups*n] f32.
+
+    X is f32, or BF16 bits where `p.dot`.
 
     A plain `linear` is one group of X [B,S,k], heads None. W, S, R are the codes, block scales and row
     scales of groups * ceil(n/width) panels, as `Packing` says.
     """
     width = panel_width(n)
     panels = -(-n // width)
-    product = panel_product(p, k, width)
+    product, per = _products(p, k, width)
     codes, scales, rows_ = (
         p.code_shape(groups * panels, k, width), p.scale_shape(groups * panels, k, width),
         p.row_shape(groups * panels, width),
@@ -39,12 +57,12 @@ def grouped_linear(heads: tuple[int, int] | None, groups: int, k: int, n: int, p
         T.func_attr({"tir.noalias": True})
         B = T.int64()
         S = T.int64()
-        X = T.match_buffer(x, shape(B, S, *inner), "float32")
+        X = T.match_buffer(x, shape(B, S, *inner), _rows_dtype(p))
         W = T.match_buffer(w, codes, p.dtype)
         Scale = T.match_buffer(s, scales, p.scale_dtype)
         Row = T.match_buffer(r, rows_, "float32")
         Y = T.match_buffer(y, (B, S, groups * n), "float32")
-        Xf = T.decl_buffer((B * S * groups * k,), "float32", data=X.data)
+        Xf = T.decl_buffer((B * S * groups * k // per,), _view_dtype(p), data=X.data)
         Wf = T.decl_buffer((prod(codes),), p.dtype, data=W.data)
         Sf = T.decl_buffer((prod(scales),), p.scale_dtype, data=Scale.data)
         Rf = T.decl_buffer((prod(rows_),), "float32", data=Row.data)
@@ -54,7 +72,9 @@ def grouped_linear(heads: tuple[int, int] | None, groups: int, k: int, n: int, p
                 out = T.alloc_buffer((CHUNK * width,), "float32")
                 rows: T.let[T.int64] = T.min(B * S - chunk * CHUNK, T.int64(CHUNK))
                 product(
-                    out, Xf, Wf, Sf, Rf, (chunk * CHUNK * groups + gp // panels) * k, groups * k, rows,
+                    out, Xf, Wf, Sf, Rf,
+                    _every(groups * k // per, (chunk * CHUNK * groups + gp // panels) * (k // per)),
+                    rows,
                     T.cast(gp, "int64"),
                 )  # fmt: skip
                 for i in T.serial(rows):
@@ -71,7 +91,7 @@ def embed(vocab: int, d: int, p: Packing):
 
     W [vocab, d codes], S [vocab, blocks] and R [vocab, 1] are row-major, codes as they are stored.
     """
-    per_byte = 2 if p.per_word == 8 else 1
+    per_byte = p.per_byte
     blocks, columns = p.blocks(d), -(-d // per_byte)
     scales, rows_ = (vocab, blocks) if p.scale else (1,), (vocab, 1) if p.rows else (1,)
 
@@ -105,38 +125,39 @@ def embed(vocab: int, d: int, p: Packing):
     return func
 
 
-def expert_gather(experts: int, k: int, topk: int):
-    """X [B,S,k] -> [B*S*topk, k]: the row of every route, sorted by expert; the tail is left alone."""
-
-    @T.prim_func(s_tir=True)
-    def func(x: T.handle, o: T.handle, s: T.handle, y: T.handle):
-        T.func_attr({"tir.noalias": True})
-        B = T.int64()
-        S = T.int64()
-        X = T.match_buffer(x, (B, S, k), "float32")
-        Order = T.match_buffer(o, (B * S * topk,), "int32")
-        Starts = T.match_buffer(s, (experts + 1,), "int32")
-        Y = T.match_buffer(y, (B * S * topk, k), "float32")
-        Xf = T.decl_buffer((B * S * k,), "float32", data=X.data)
-        for i in T.serial(Starts[experts]):
-            for j in T.serial(k):
-                Y[i, j] = Xf[T.cast(Order[i] // topk, "int64") * k + j]
-
-    return func
+def _every(stride, start):
+    """Rows one after the other: where row r starts."""
+    return lambda r: start + r * stride
 
 
-def expert_hidden(experts: int, k: int, inner: int, topk: int, limit: float, p: Packing):
-    """First half of the expert MLP, on rows sorted by expert.
+def _routed(Order, first, topk: int, k: int):
+    """The rows of tokens whose routes are `first` and those behind it in order of experts."""
+    return lambda r: T.cast(Order[first + r] // topk, "int64") * k
 
-    X [B*S*topk,k] from `expert_gather`; gates [B,S,topk]; order [B*S*topk] i32 (sorted row -> position in
+
+def expert_hidden(
+    experts: int, k: int, inner: int, topk: int, limit: float, p: Packing, rounded: bool = False
+):
+    """First half of the expert MLP, on routes sorted by expert.
+
+    X [B,S,k]; gates [B,S,topk]; order [B*S*topk] i32 (sorted row -> position in
     the flat routing); starts [experts+1] i32; W, S, R: `experts` times ceil(inner/32) panels of 64 rows, 32
     of w1, then 32 of w3, of the same channels
-    -> H [B*S*topk, inner] = silu(min(g, L)) clamp(u, -L, L) gate.
+    -> H [B*S*topk, inner] = silu(min(g, L)) clamp(u, -L, L) gate, `rounded` to BF16; bits of it where
+    `p.dot`, else f32.
     """
     panels, width = -(-inner // PAIR), 2 * PAIR
-    product = panel_product(p, k, width)
+    product, per = _products(p, k, width)
     codes, scales = p.code_shape(experts * panels, k, width), p.scale_shape(experts * panels, k, width)
     rows_ = p.row_shape(experts * panels, width)
+
+    def hidden(gate, up, weight):
+        gate = T.min(gate, splat(T.float32(limit)))
+        up = T.max(T.min(up, splat(T.float32(limit))), splat(T.float32(-limit)))
+        return gate * sigmoid(gate) * up * splat(weight)
+
+    def kept(x):
+        return (bf16_bits(x) if p.dot else bf16(x)) if rounded else x
 
     @T.prim_func(s_tir=True)
     def func(
@@ -145,15 +166,15 @@ def expert_hidden(experts: int, k: int, inner: int, topk: int, limit: float, p: 
         T.func_attr({"tir.noalias": True})
         B = T.int64()
         S = T.int64()
-        X = T.match_buffer(x, (B * S * topk, k), "float32")
+        X = T.match_buffer(x, (B, S, k), _rows_dtype(p))
         G = T.match_buffer(g, (B, S, topk), "float32")
         Order = T.match_buffer(o, (B * S * topk,), "int32")
         Starts = T.match_buffer(s, (experts + 1,), "int32")
         W = T.match_buffer(w, codes, p.dtype)
         Scale = T.match_buffer(c, scales, p.scale_dtype)
         Row = T.match_buffer(r, rows_, "float32")
-        Hid = T.match_buffer(h, (B * S * topk, inner), "float32")
-        Xf = T.decl_buffer((B * S * topk * k,), "float32", data=X.data)
+        Hid = T.match_buffer(h, (B * S * topk, inner), _rows_dtype(p))
+        Xf = T.decl_buffer((B * S * k // per,), _view_dtype(p), data=X.data)
         Gf = T.decl_buffer((B * S * topk,), "float32", data=G.data)
         Wf = T.decl_buffer((prod(codes),), p.dtype, data=W.data)
         Sf = T.decl_buffer((prod(scales),), p.scale_dtype, data=Scale.data)
@@ -166,19 +187,19 @@ def expert_hidden(experts: int, k: int, inner: int, topk: int, limit: float, p: 
                     rows: T.let[T.int64] = T.cast(
                         T.min(Starts[e + 1] - Starts[e] - chunk * CHUNK, CHUNK), "int64"
                     )
-                    product(out, Xf, Wf, Sf, Rf, first * k, k, rows, T.cast(e, "int64") * panels + pn)
+                    product(
+                        out, Xf, Wf, Sf, Rf, _routed(Order, first, topk, k // per), rows,
+                        T.cast(e, "int64") * panels + pn,
+                    )  # fmt: skip
                     for i in T.serial(rows):
-                        for j in T.serial(T.min(PAIR, inner - pn * PAIR)):
-                            gate = T.alloc_buffer((1,), "float32")
-                            gate[0] = T.min(out[i * width + j], T.float32(limit))
-                            Hid[first + i, pn * PAIR + j] = (
-                                gate[0]
-                                * sigmoid(gate[0])
-                                * T.max(
-                                    T.min(out[i * width + PAIR + j], T.float32(limit)), T.float32(-limit)
-                                )
-                                * Gf[Order[first + i]]
+                        for q in T.unroll(PAIR // LANES):
+                            out[ramp(i * width + q * LANES)] = hidden(
+                                out[ramp(i * width + q * LANES)],
+                                out[ramp(i * width + PAIR + q * LANES)],
+                                Gf[Order[first + i]],
                             )
+                        for j in T.serial(T.min(PAIR, inner - pn * PAIR)):
+                            Hid[first + i, pn * PAIR + j] = kept(out[i * width + j])
 
     return func
 
@@ -186,11 +207,12 @@ def expert_hidden(experts: int, k: int, inner: int, topk: int, limit: float, p: 
 def expert_output(experts: int, k: int, inner: int, topk: int, p: Packing):
     """Second half: H [B*S*topk, inner] by `experts` times ceil(k/width) panels W, S, R into Y [B,S,k].
 
+    H is f32, or BF16 bits where `p.dot`.
     A token's experts are added in ascending order. Tokens without a route (padding) get 0.
     """
     width = panel_width(k)
     panels = -(-k // width)
-    product = panel_product(p, inner, width)
+    product, per = _products(p, inner, width)
     codes, rows_ = p.code_shape(experts * panels, inner, width), p.row_shape(experts * panels, width)
     scales = p.scale_shape(experts * panels, inner, width)
 
@@ -199,14 +221,14 @@ def expert_output(experts: int, k: int, inner: int, topk: int, p: Packing):
         T.func_attr({"tir.noalias": True})
         B = T.int64()
         S = T.int64()
-        Hid = T.match_buffer(h, (B * S * topk, inner), "float32")
+        Hid = T.match_buffer(h, (B * S * topk, inner), _rows_dtype(p))
         Order = T.match_buffer(o, (B * S * topk,), "int32")
         Starts = T.match_buffer(s, (experts + 1,), "int32")
         W = T.match_buffer(w, codes, p.dtype)
         Scale = T.match_buffer(c, scales, p.scale_dtype)
         Row = T.match_buffer(r, rows_, "float32")
         Y = T.match_buffer(y, (B, S, k), "float32")
-        Hf = T.decl_buffer((B * S * topk * inner,), "float32", data=Hid.data)
+        Hf = T.decl_buffer((B * S * topk * inner // per,), _view_dtype(p), data=Hid.data)
         Wf = T.decl_buffer((prod(codes),), p.dtype, data=W.data)
         Sf = T.decl_buffer((prod(scales),), p.scale_dtype, data=Scale.data)
         Rf = T.decl_buffer((prod(rows_),), "float32", data=Row.data)
@@ -222,7 +244,10 @@ def expert_output(experts: int, k: int, inner: int, topk: int, p: Packing):
                     rows: T.let[T.int64] = T.cast(
                         T.min(Starts[e + 1] - Starts[e] - chunk * CHUNK, CHUNK), "int64"
                     )
-                    product(out, Hf, Wf, Sf, Rf, first * inner, inner, rows, T.cast(e, "int64") * panels + pn)
+                    product(
+                        out, Hf, Wf, Sf, Rf, _every(inner // per, first * (inner // per)), rows,
+                        T.cast(e, "int64") * panels + pn,
+                    )  # fmt: skip
                     for i in T.serial(rows):
                         token: T.let[T.int64] = T.cast(Order[first + i] // topk, "int64")
                         for j in T.serial(T.min(width, k - pn * width)):

@@ -26,12 +26,16 @@ class Simd(enum.Enum):
     SSSE3 = "ssse3"
     AVX2 = "avx2"
     AVX512 = "avx512"
+    AVX512_BF16 = "avx512_bf16"
     NEON = "neon"
 
 
-_NIBBLES = (DType.F4E2M1X2, DType.I4X2)
 _TIR = {DType.F32: "float32", DType.BF16: "uint16", DType.I8: "int8"}
-_INT4 = (0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)
+NIBBLE_VALUES: dict[DType, tuple[float, ...]] = {
+    DType.F4E2M1X2: tuple(float(v) for v in E2M1),
+    DType.I4X2: (0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1),
+}
+"""The number of every code of 4 bits."""
 _LOOKUPS = {
     Simd.AVX2: (32, "llvm.x86.avx2.pshuf.b"),
     Simd.SSSE3: (16, "llvm.x86.ssse3.pshuf.b.128"),
@@ -40,7 +44,7 @@ _LOOKUPS = {
 """Bytes that one instruction looks up in a table of 16, and its name."""
 
 WORD = 4
-"""Bytes of one lane's word: the codes of one row and of consecutive columns, first column lowest."""
+"""Bytes of one lane's word: the codes of one row and of consecutive columns (`ir.layouts.lane_words`)."""
 STEP = 64
 """Most columns in one partial sum."""
 
@@ -49,9 +53,9 @@ STEP = 64
 class Packing:
     """The storage of a matrix [n, k] in panels of `width` rows, as kernels read it.
 
-    Plain BF16 and F32 numbers are `[panels, k, width]`, other codes `[panels, words, width, 4]` bytes
-    (`ir.layouts.lane_words`); block scales are `[panels, blocks, width]`, row scales
-    `[panels, 1, width]` f32. A value is code * block scale * row scale.
+    Plain F32 numbers are `[panels, k, width]`, codes `[panels, words, width, 4]` bytes or, of BF16,
+    `[panels, words, width, 2]` (`ir.layouts.lane_words`); block scales are `[panels, blocks, width]`, row
+    scales `[panels, 1, width]` f32. A value is code * block scale * row scale.
 
     Attributes:
         code: element type of the codes.
@@ -59,6 +63,7 @@ class Packing:
         block: columns that share a block scale; a multiple of 8.
         rows: whether there are row scales.
         simd: the arch's vector instructions.
+        dot: whether products are of pairs of BF16 numbers, by the instruction for them; X is BF16 then.
     """
 
     code: DType
@@ -66,6 +71,7 @@ class Packing:
     block: int = 0
     rows: bool = False
     simd: Simd = Simd.NONE
+    dot: bool = False
 
     @property
     def plain(self) -> bool:
@@ -75,7 +81,17 @@ class Packing:
     @property
     def per_word(self) -> int:
         """Columns per lane of one load."""
-        return 1 if self.plain else 2 * WORD if self.code in _NIBBLES else WORD
+        match self.code:
+            case DType.F32:
+                return 1
+            case DType.BF16:
+                return 2
+        return 2 * WORD if self.code in NIBBLE_VALUES else WORD
+
+    @property
+    def per_byte(self) -> int:
+        """Codes in one stored element."""
+        return 2 if self.code in NIBBLE_VALUES else 1
 
     @property
     def step(self) -> int:
@@ -85,7 +101,7 @@ class Packing:
     @property
     def wide(self) -> bool:
         """Whether four vectors of six rows fit the registers."""
-        return self.simd is Simd.AVX512
+        return self.simd in (Simd.AVX512, Simd.AVX512_BF16)
 
     @property
     def unit(self) -> float:
@@ -111,7 +127,9 @@ class Packing:
         return -(-k // self.block) if self.scale else 1
 
     def code_shape(self, panels: int, k: int, width: int) -> tuple[int, ...]:
-        return (panels, k, width) if self.plain else (panels, self.words(k), width, WORD)
+        if self.code is DType.F32:
+            return (panels, k, width)
+        return (panels, self.words(k), width, self.per_word // self.per_byte)
 
     def scale_shape(self, panels: int, k: int, width: int) -> tuple[int, ...]:
         """[1] of something never read where there are none; so for `row_shape`."""
@@ -123,19 +141,21 @@ class Packing:
     def load(self, buffer, word, vec, width: int):
         """Lanes 16 vec to 16 vec + 15 of a word row of a flat buffer, undecoded."""
         at = word * width + vec * LANES
-        if self.plain:
+        if self.code is DType.F32:
             return buffer[ramp(at)]
-        return T.reinterpret("uint32x16", buffer[T.ramp(at * WORD, 1, LANES * WORD)])
+        elements = self.per_word // self.per_byte
+        return T.reinterpret("uint32x16", buffer[T.ramp(at * elements, 1, LANES * elements)])
 
     def decode(self, word, j):
         """Column j of loaded lanes as float32, in `unit`s."""
-        if self.code in _NIBBLES and self.simd is not Simd.NONE:
-            return self._look_up(word, j)
-        return number(self.code, word, j, LANES)
+        place = j // 2 + j % 2 * (self.per_word // 2)  # even columns lie in the low half of a word
+        if self.code in NIBBLE_VALUES and self.simd is not Simd.NONE:
+            return self._look_up(word, place)
+        return number(self.code, word, place, LANES)
 
     def _look_up(self, word, j):
-        values = E2M1 if self.code is DType.F4E2M1X2 else np.array(_INT4, np.float32)
-        if self.simd is Simd.AVX512:
+        values = np.array(NIBBLE_VALUES[self.code], np.float32)
+        if self.wide:
             table = T.Shuffle([T.float32(float(v)) for v in values], list(range(LANES)))
             index = _signed(_right(word, 4 * j, LANES), LANES)
             return T.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.permvar.sf.512", table, index)
@@ -158,7 +178,7 @@ def number(code: DType, word, j, lanes: int):
         case DType.F32:
             return word
         case DType.BF16:
-            return _float(_left(_widen(word, lanes), 16, lanes), lanes)
+            return _float(_left(_widen(word, lanes), 16, lanes), lanes) if j == 0 else _high(word, lanes)
         case DType.I8:
             return _integer(_left(word, 24 - 8 * j, lanes), 24, lanes)
         case DType.I4X2:
@@ -253,6 +273,11 @@ def _spread(x, n: int, lanes: int):
 
 def _integer(top, n: int, lanes: int):
     return T.cast(_spread(top, n, lanes), _type("float32", lanes))
+
+
+def _high(word, lanes: int):
+    """The upper 16 bits as BF16."""
+    return _float(word & _u32(0xFFFF0000, lanes), lanes)
 
 
 def _float(x, lanes: int):

@@ -30,10 +30,10 @@ def panel_width(rows: int) -> int:
 
 
 def panel_product(p: Packing, k: int, width: int):
-    """A function `product(out, X, W, S, R, x_at, stride, rows, panel)` that a kernel's body may call.
+    """A function `product(out, X, W, S, R, at, rows, panel)` that a kernel's body may call.
 
     out f32 [CHUNK * width] gets the rows x width sums; X, W, S (block scales) and R (row scales) are flat;
-    row r of X starts at x_at + r * stride; 1 <= rows <= CHUNK; panel is the index of the panel in W.
+    row r of X starts at at(r); 1 <= rows <= CHUNK; panel is the index of the panel in W.
 
     It emits statements with the IR builder: a helper of its own per statement would cost the script parser
     most of a second per kernel.
@@ -62,49 +62,49 @@ def panel_product(p: Packing, k: int, width: int):
     def add_words(part, X, W, word, x_at, columns):
         """The first `columns` of the words of 16 rows by X, in ascending order."""
         for v in range(vecs):
-            total, lanes = _load(part, v), p.load(W, word, v, width)
+            total, lanes = load(part, v), p.load(W, word, v, width)
             for j in range(columns):
                 total = total + p.decode(lanes, j) * splat(X[x_at + j])
-            _store(part, v, total)
+            store(part, v, total)
 
     def direct(out, X, W, S, x_at, panel, row):
-        total, part = _zeros(vecs), _zeros(vecs)
+        total, part = sums(vecs), sums(vecs)
 
         def one_step(s, columns):
             word, x_from = panel * words + s * per_step, x_at + s * step
             for v in range(vecs):
-                _store(part, v, zeros())
+                store(part, v, zeros())
             if columns >= group:
                 with T.serial(0, columns // group) as g:
                     add_words(part, X, W, word + g, x_from + g * group, group)
             if rest := columns % group:
                 add_words(part, X, W, word + columns // group, x_from + columns - rest, rest)
             for v in range(vecs):
-                _store(total, v, scaled(_load(total, v), _load(part, v), S, panel, s, v))
+                store(total, v, scaled(load(total, v), load(part, v), S, panel, s, v))
 
         for_each_step(one_step)
         for v in range(vecs):
-            _store(out, row * vecs + v, _load(total, v))
+            store(out, row * vecs + v, load(total, v))
 
-    def tile(out, X, values, at, S, x_at, stride, first, columns, panel, s, height, together):
-        """`height` rows from `first` by the columns of step s, whose numbers start at values[at]."""
+    def tile(out, X, values, value_at, S, at, first, columns, panel, s, height, together):
+        """`height` rows from `first` by the columns of step s, whose numbers start at values[value_at]."""
         with T.serial(0, vecs // together) as q:
-            parts = [_zeros(together) for _ in range(height)]
+            parts = [sums(together) for _ in range(height)]
             with T.serial(0, columns) as c:
                 for v in range(together):
                     for r, part in enumerate(parts):
-                        number = values[ramp(at + c * width + (q * together + v) * LANES)]
-                        _store(part, v, _load(part, v) + number * splat(X[x_at + (first + r) * stride + c]))
+                        number = values[ramp(value_at + c * width + (q * together + v) * LANES)]
+                        store(part, v, load(part, v) + number * splat(X[at(first + r) + s * step + c]))
             for r, part in enumerate(parts):
                 for v in range(together):
                     vec = q * together + v
                     place = (first + r) * vecs + vec
-                    _store(out, place, scaled(_load(out, place), _load(part, v), S, panel, s, vec))
+                    store(out, place, scaled(load(out, place), load(part, v), S, panel, s, vec))
 
-    def shared(out, X, W, S, x_at, stride, rows, panel):
+    def shared(out, X, W, S, at, rows, panel):
         scratch = None if in_place else T.alloc_buffer((step * width,), "float32")
         with T.serial(0, rows * vecs) as i:
-            _store(out, i, zeros())
+            store(out, i, zeros())
 
         def one_step(s, columns):
             word = panel * words + s * per_step
@@ -113,9 +113,9 @@ def panel_product(p: Packing, k: int, width: int):
                     for v in range(vecs):
                         lanes = p.load(W, word + g, v, width)
                         for j in range(group):
-                            _store(scratch, (g * group + j) * vecs + v, p.decode(lanes, j))
-            values, at = (W, word * width) if in_place else (scratch, 0)
-            given = (out, X, values, at, S, x_at + s * step, stride)
+                            store(scratch, (g * group + j) * vecs + v, p.decode(lanes, j))
+            values, value_at = (W, word * width) if in_place else (scratch, 0)
+            given = (out, X, values, value_at, S, at)
             with T.serial(0, rows // ROWS) as i:
                 tile(*given, i * ROWS, columns, panel, s, ROWS, together)
             with T.serial(0, rows % ROWS) as i:
@@ -123,32 +123,32 @@ def panel_product(p: Packing, k: int, width: int):
 
         for_each_step(one_step)
 
-    def product(out, X, W, S, R, x_at, stride, rows, panel):
+    def product(out, X, W, S, R, at, rows, panel):
         with T.If(rows <= few):
             with T.Then(), T.serial(0, rows) as r:
-                direct(out, X, W, S, x_at + r * stride, panel, r)
+                direct(out, X, W, S, at(r), panel, r)
             with T.Else():
-                shared(out, X, W, S, x_at, stride, rows, panel)
+                shared(out, X, W, S, at, rows, panel)
         if p.rows:
             with T.serial(0, rows) as r:
                 for v in range(vecs):
                     scale = R[ramp(panel * width + v * LANES)]
-                    _store(out, r * vecs + v, _load(out, r * vecs + v) * scale)
+                    store(out, r * vecs + v, load(out, r * vecs + v) * scale)
 
     return product
 
 
-def _zeros(vecs: int):
+def sums(vecs: int):
     """Accumulators: one buffer per row, small enough to become registers."""
     buffer = T.alloc_buffer((vecs * LANES,), "float32")
     for v in range(vecs):
-        _store(buffer, v, zeros())
+        store(buffer, v, zeros())
     return buffer
 
 
-def _load(buffer, vec):
+def load(buffer, vec):
     return buffer[ramp(vec * LANES)]
 
 
-def _store(buffer, vec, value) -> None:
+def store(buffer, vec, value) -> None:
     T.buffer_store(buffer, value, [ramp(vec * LANES)])

@@ -27,6 +27,11 @@ def bf16(x):
     return T.if_then_else(T.isnan(x), x, T.reinterpret("float32", up))
 
 
+def bf16_bits(x):
+    """The bits of the nearest BF16 number as uint16, ties to even; NaN stays NaN."""
+    return T.cast(T.shift_right(T.reinterpret("uint32", bf16(x)), T.uint32(16)), "uint16")
+
+
 def power_of_two(y):
     """2^ceil(log2 y) of a positive normal float32."""
     u = T.reinterpret("uint32", y)
@@ -80,6 +85,30 @@ def round_bf16(heads: int | None, d: int, channels: int):
                 Yf[m * d + j] = bf16(Xf[m * d + j])
             for j in T.serial(d - channels):
                 Yf[m * d + channels + j] = Xf[m * d + channels + j]
+
+    return func
+
+
+def bf16_rows(heads: int | None, d: int):
+    """X [B,S,(heads,)d] f32 -> the bits of the nearest BF16 numbers, for products of pairs."""
+    inner = heads or 1
+
+    @T.prim_func(s_tir=True)
+    def func(x: T.handle, y: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        X = T.match_buffer(x, shape(B, S, heads, d), "float32")
+        Y = T.match_buffer(y, shape(B, S, heads, d), "uint16")
+        Xf = T.decl_buffer((B * S * inner * d,), "float32", data=X.data)
+        Yf = T.decl_buffer((B * S * inner * d,), "uint16", data=Y.data)
+        if B * S == 1:  # waking a second thread would cost more
+            for i in T.serial(inner * d):
+                Yf[i] = bf16_bits(Xf[i])
+        else:
+            for m in T.parallel(B * S):
+                for i in T.serial(inner * d):
+                    Yf[m * inner * d + i] = bf16_bits(Xf[m * inner * d + i])
 
     return func
 

@@ -7,9 +7,14 @@ LLVM splits 16 lanes for machines with narrower vectors, so every kernel is corr
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
+from tvm import tirx
 from tvm.script import tirx as T
 
 LANES = 16
+_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+"""exp(r) = 1 + r + r^2 p(r) for |r| <= ln 2 / 2: Cephes, `expf`, highest power first."""
+_ROUND = 12582912.0
+"""1.5 * 2^23: the sum with a small number holds its nearest integer in the low bits."""
 
 
 def ramp(start):
@@ -41,9 +46,67 @@ def load_scalar(buffer, index, bf16: bool):
     return T.reinterpret("float32", T.shift_left(T.cast(buffer[index], "uint32"), T.uint32(16)))
 
 
+def exp(x):
+    """e^x of float32, one or any number of lanes, within 2 ulp; no call of a library, so lanes stay lanes.
+
+    0 at -inf, inf where it overflows, NaN at NaN, exactly 1 at 0; denormal results are right too. The result
+    in a lane does not depend on the number of lanes.
+    """
+    number, lanes = x.ty, x.ty.dtype.lanes
+
+    def all_(value):
+        return value if lanes == 1 else T.broadcast(value, lanes)
+
+    def f32(value):
+        return all_(T.float32(value))
+
+    def power(n):
+        """2^n for -127 < n < 128."""
+        bits = T.shift_left(n + all_(T.int32(127)), all_(T.int32(23)))
+        return T.reinterpret(str(number), bits)
+
+    bounded, shifted, rest, n, half = (
+        tirx.Var(name, type_)
+        for name, type_ in zip("xzrnh", [number] * 3 + [str(number).replace("float", "int")] * 2, strict=True)
+    )
+    whole = shifted - f32(_ROUND)
+    p = f32(_EXP[0])
+    for factor in _EXP[1:]:
+        p = p * rest + f32(factor)
+    result = p * (rest * rest) + rest + f32(1)
+    result = result * power(half) * power(n - half)
+    for name, value in (
+        (half, T.shift_right(n, all_(T.int32(1)))),
+        (n, T.reinterpret(str(n.ty), shifted) - all_(T.int32(0x4B400000))),
+        (rest, bounded - whole * f32(0.693359375) - whole * f32(-2.12194440e-4)),
+        (shifted, bounded * f32(1.4426950408889634) + f32(_ROUND)),
+        (bounded, T.min(f32(89), T.max(f32(-104), x))),  # in this order NaN stays
+    ):
+        result = tirx.Let(name, value, result)
+    return result
+
+
 def sigmoid(x):
     """1 / (1 + exp(-x)); exp overflows to inf where the result is 0, as it should."""
     return T.float32(1) / (T.float32(1) + T.exp(T.float32(0) - x))
+
+
+def transposed(rows, lanes: int):
+    """The columns of `lanes` vectors, in registers, by exchanges of halves; `lanes` is a power of two."""
+    whole, half = T.ramp(0, 1, lanes), lanes // 2
+    *found, spare = [T.alloc_buffer((lanes,), "float32") for _ in range(lanes + 1)]
+    for buffer, row in zip(found, rows, strict=True):
+        T.buffer_store(buffer, row, [whole])
+    while half:
+        low = [lanes + i - half if i & half else i for i in range(lanes)]
+        high = [lanes + i if i & half else i + half for i in range(lanes)]
+        for i in (i for i in range(lanes) if not i & half):
+            both = [found[i][whole], found[i + half][whole]]
+            T.buffer_store(spare, T.Shuffle(both, low), [whole])
+            T.buffer_store(found[i + half], T.Shuffle(both, high), [whole])
+            T.buffer_store(found[i], spare[whole], [whole])
+        half //= 2
+    return [buffer[whole] for buffer in found]
 
 
 def weight_dtype(bf16: bool) -> str:

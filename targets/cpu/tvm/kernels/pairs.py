@@ -1,0 +1,123 @@
+"""Stored codes as pairs of BF16 numbers in 32-bit lanes, exactly: for `dot`.
+
+A lane holds two neighbouring columns of one row, the even one low; `lane_words` puts their codes so that one
+shift serves both halves. Codes of 4 bits and E4M3 are looked up, others pass through float32. Scales that are
+powers of two are taken off the exponents of numbers that the tables hold as large as they can be: saturating
+subtraction leaves zero alone. Needs AVX-512 BW.
+"""
+
+# TIR expressions have no static types.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+from __future__ import annotations
+
+import numpy as np
+from tvm.script import tirx as T
+
+from dsv4c.ir.dtypes import DType
+
+from .packing import NIBBLE_VALUES, Packing
+from .vec import LANES, ramp
+
+_HALVES = 2 * LANES
+_E4M3 = (DType.F8E4M3, DType.F8E4M3FNUZ)
+_LARGEST = 254
+"""Exponent field of the largest BF16 numbers."""
+
+
+def folds(p: Packing) -> bool:
+    """Whether every code times its block scale is a BF16 number: 8 significant bits, exponents of float32."""
+    return p.scale is DType.F8E8M0 or (p.scale is DType.F8E4M3 and p.code is DType.F4E2M1X2)
+
+
+def fold(p: Packing, buffer, at):
+    """16 block scales in the form that `pair` takes them."""
+    if not _by_exponent(p):
+        return p.block_scale(buffer, at)
+    top, bottom = _exponents(p)
+    code = T.cast(buffer[ramp(at)], "uint32x16")
+    # A scale beyond what the exponents have room for counts as the last one that has: 2^-117 or 2^119 for
+    # E4M3.
+    code = T.min(T.max(code, _all(top - bottom)), _all(top))
+    lower = T.shift_left(_all(top) - code, _all(7))
+    return T.bitwise_or(lower, T.shift_left(lower, _all(16)))
+
+
+def pair(p: Packing, word, i: int, scale):
+    """Columns 2 i and 2 i + 1 of a loaded word; `scale` from `fold`, None without."""
+    if p.code is DType.BF16:
+        return word
+    if scale is None or _by_exponent(p):
+        if p.code in NIBBLE_VALUES:
+            return _look_up_nibbles(p, T.shift_right(word, _all(4 * i)), scale)
+        if p.code in _E4M3:
+            return _look_up_bytes(p, T.shift_right(word, _all(8 * i)), scale)
+    low, high = (p.decode(word, 2 * i + j) for j in (0, 1))
+    if scale is not None:
+        low, high = low * scale, high * scale
+    low, high = (T.reinterpret("uint32x16", x) for x in (low, high))
+    return T.bitwise_or(T.shift_right(low, _all(16)), T.bitwise_and(high, _all(0xFFFF0000)))
+
+
+def _by_exponent(p: Packing) -> bool:
+    return p.scale is DType.F8E8M0 and (p.code in _E4M3 or p.code is DType.F4E2M1X2)
+
+
+def _exponents(p: Packing) -> tuple[int, int]:
+    """The E8M0 code that stands for tables as they are, and how far below it numbers keep their sign."""
+    values = np.abs(_values(p))
+    largest, least = (int(np.frexp(v)[1]) - 1 for v in (values.max(), values[values > 0].min()))
+    top = _LARGEST - largest
+    return top, top + least - 1
+
+
+def _values(p: Packing):
+    """The number of every code of 4 bits, minus zero as zero, or of every E4M3 code without its sign."""
+    if p.code in NIBBLE_VALUES:
+        return np.array(NIBBLE_VALUES[p.code], np.float32) + np.float32(0)
+    code = np.arange(128)
+    bias = 8 if p.code is DType.F8E4M3FNUZ else 7
+    exponent, mantissa = code >> 3, code & 7
+    value = np.where(exponent > 0, np.ldexp(8 + mantissa, exponent - bias - 3), np.ldexp(mantissa, -bias - 2))
+    if p.code is DType.F8E4M3:
+        value[127] = 0  # NaN, which no weight holds
+    return value.astype(np.float32)
+
+
+def _table(p: Packing, values):
+    """Halves of BF16 numbers, raised so that the scale code `top` stands for them as they are raised."""
+    raised = np.ldexp(values, _exponents(p)[0] - 127) if _by_exponent(p) else values
+    bits = (np.asarray(raised, np.float32).view(np.uint32) >> 16).astype(np.uint16).view(np.int16)
+    return T.Shuffle([T.int16(int(b)) for b in bits], list(range(_HALVES)))
+
+
+def _lowered(halves, scale):
+    """BF16 numbers in halves times a scale from `fold`; zero stays zero, other signs are not reached."""
+    if scale is None:
+        return T.reinterpret("uint32x16", halves)
+    both = [T.reinterpret("uint16x32", x) for x in (halves, scale)]
+    return T.reinterpret("uint32x16", T.call_llvm_pure_intrin("uint16x32", "llvm.usub.sat", *both))
+
+
+def _look_up_nibbles(p: Packing, word, scale):
+    """The lowest nibble of each half; five bits are looked at, so the table stands there twice."""
+    table = _table(p, np.tile(_values(p), 2))
+    index = T.reinterpret("int16x32", word)
+    name = "llvm.x86.avx512.permvar.hi.512"
+    return _lowered(T.call_llvm_pure_intrin("int16x32", name, table, index), scale)
+
+
+def _look_up_bytes(p: Packing, word, scale):
+    """The lowest byte of each half as E4M3: six bits look into two tables, the seventh chooses which two."""
+    tables = [_table(p, part) for part in _values(p).reshape(4, _HALVES)]
+    index = T.reinterpret("int16x32", word)
+    name = "llvm.x86.avx512.vpermi2var.hi.512"
+    small, large = (
+        T.call_llvm_pure_intrin("int16x32", name, a, index, b) for a, b in (tables[:2], tables[2:])
+    )
+    is_large = T.bitwise_and(index, T.broadcast(T.int16(64), _HALVES)) != T.broadcast(T.int16(0), _HALVES)
+    sign = T.bitwise_and(T.shift_left(word, _all(8)), _all(0x80008000))
+    return T.bitwise_or(_lowered(T.Select(is_large, large, small), scale), sign)
+
+
+def _all(x: int):
+    return T.broadcast(T.uint32(x), LANES)
