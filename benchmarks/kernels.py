@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 HERE = Path(__file__).parent
-BYTES = 1 << 27
-"""Of all copies of one weight together, about: several times the last cache."""
+BYTES = 1 << 29
+"""Of all copies of one weight together, about: more than the last cache."""
 SCHEMES = "f32,bf16,int8,int4,fp8,mxfp8,mxfp4,nvfp4"
 TOPK = 6
 
@@ -46,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--schemes", default=SCHEMES)
     parser.add_argument("--tokens", default="1,128")
+    parser.add_argument("--pieces", type=int, default=0, help="BF16 pieces of inputs; 0 is float32")
     parser.add_argument("--linear", default="2048x1024", help="N x K")
     parser.add_argument("--experts", default="16x704x1024", help="experts x inner x K")
     parser.add_argument("--rounds", type=int, default=15)
@@ -70,7 +71,8 @@ def main() -> None:
 
 def make(what: str, scheme: str, tokens: int, options: argparse.Namespace) -> Run:
     sizes = [int(n) for n in getattr(options, what).split("x")]
-    return linear(scheme, tokens, *sizes) if what == "linear" else experts(scheme, tokens, *sizes)
+    make_run = linear if what == "linear" else experts
+    return make_run(scheme, options.pieces, tokens, *sizes)
 
 
 def measure(runs: dict[str, Run], rounds: int) -> None:
@@ -118,24 +120,27 @@ def table(results: list[dict[str, Any]]) -> str:
 # -------------------------------------------------------------------------------------- products
 
 
-def linear(scheme: str, tokens: int, n: int, k: int) -> Run:
+def linear(scheme: str, pieces: int, tokens: int, n: int, k: int) -> Run:
     from dsv4c.targets.cpu.tvm.kernels import dense
     from dsv4c.targets.cpu.tvm.kernels.product import panel_width
 
     packing, arrays = stored(scheme, 1, n, k, panel_width(n))
+    packing = replace(packing, pieces=pieces)
     kernel = compiled(dense.grouped_linear(None, 1, k, n, packing))
-    x, y = tensor(normal(1, tokens, k)), tensor(np.zeros((1, tokens, n), np.float32))
+    x, y = rows_in(packing, 1, tokens, k), tensor(np.zeros((1, tokens, n), np.float32))
     weights = [tensors(arrays) for _ in range(copies_of(arrays))]
     return Run(lambda i: kernel(x, *weights[i], y), len(weights), size(arrays), tokens * n * k, [], [])
 
 
-def experts(scheme: str, tokens: int, count: int, inner: int, k: int) -> Run:
+def experts(scheme: str, pieces: int, tokens: int, count: int, inner: int, k: int) -> Run:
     """Both halves; every token takes TOPK of the experts, so one token reads the panels of TOPK experts."""
     from dsv4c.targets.cpu.tvm.kernels import dense
     from dsv4c.targets.cpu.tvm.kernels.product import panel_width
+    from dsv4c.targets.cpu.tvm.kernels.tiles import by_tiles
 
     packing, first = stored(scheme, count, 2 * inner, k, 2 * dense.PAIR)
     _, second = stored(scheme, count, k, inner, panel_width(k))
+    packing = replace(packing, pieces=pieces)
     hidden = compiled(dense.expert_hidden(count, k, inner, TOPK, 10.0, packing))
     output = compiled(dense.expert_output(count, k, inner, TOPK, packing))
     sort = compiled(dense.expert_order(count, TOPK))
@@ -144,8 +149,9 @@ def experts(scheme: str, tokens: int, count: int, inner: int, k: int) -> Run:
     routes, i32 = tokens * TOPK, np.int32
     order, starts = tensor(np.zeros(routes, i32)), tensor(np.zeros(count + 1, i32))
     sort(tensor(ids), tensor(np.array([tokens], i32)), order, starts)
-    rows, gates = tensor(normal(routes, k)), tensor(normal(1, tokens, TOPK))
-    mid, y = tensor(np.zeros((routes, inner), np.float32)), tensor(np.zeros((1, tokens, k), np.float32))
+    rows = rows_in(packing, *((routes,) if by_tiles(packing) else (1, tokens)), k)
+    gates, mid = tensor(normal(1, tokens, TOPK)), rows_in(packing, routes, inner)
+    y = tensor(np.zeros((1, tokens, k), np.float32))
     weights = [(tensors(first), tensors(second)) for _ in range(copies_of(first + second))]
 
     def call(i: int) -> None:
@@ -154,6 +160,16 @@ def experts(scheme: str, tokens: int, count: int, inner: int, k: int) -> Run:
 
     used = len(np.unique(ids)) / count
     return Run(call, len(weights), int(used * size(first + second)), routes * 3 * inner * k, [], [])
+
+
+def rows_in(packing: Any, *shape: int) -> Any:
+    """Rows as kernels take them: float32, or the bits of BF16 pieces."""
+    from dsv4c.targets.cpu.tvm.kernels.tiles import row_length
+
+    if not packing.pieces:
+        return tensor(normal(*shape))
+    x = normal(*shape[:-1], row_length(packing, shape[-1]))
+    return tensor(np.stack([(x.view(np.uint32) >> 16).astype(np.uint16)] * packing.pieces))
 
 
 def stored(scheme: str, count: int, n: int, k: int, width: int) -> tuple[Any, list[Arr]]:

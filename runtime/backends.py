@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from dsv4c.errors import ArtifactError, ToolchainError, UsageError
 
 from .container import Artifact
+from .cpu import cpu_flags
 from .engram.options import TableOptions
 from .images.rows import ImageRows
 from .undo import Undo
@@ -76,19 +76,10 @@ def _check_machine(artifact: Artifact) -> None:
             where=str(artifact.path),
             hint="compile with --target cpu on this machine",
         )
-    missing = sorted(set(arch["requires"]) - _cpu_flags()) if _cpu_flags() else []
+    missing = sorted(set(arch["requires"]) - cpu_flags()) if cpu_flags() else []
     if missing:
         raise ArtifactError(
             f"compiled for {arch['name']}, this CPU lacks {', '.join(missing)}",
             where=str(artifact.path),
             hint="compile with --target cpu:x86-64-v3 or cpu:x86-64-v2",
         )
-
-
-def _cpu_flags() -> frozenset[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset()
-    line = next((x for x in text.splitlines() if x.startswith(("flags", "Features"))), "")
-    return frozenset(line.partition(":")[2].split())

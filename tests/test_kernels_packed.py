@@ -20,10 +20,11 @@ from dsv4c.ir.dtypes import DType
 from dsv4c.ir.formats import SCHEMES, Scheme
 from dsv4c.ir.graph import Value
 from dsv4c.ir.weights import WeightExpr
-from dsv4c.targets.cpu.target import ARCHS, host_flags
+from dsv4c.runtime.cpu import cpu_flags
+from dsv4c.targets.cpu.target import ARCHS
 
 PACKED = [s for s in SCHEMES.values() if not s.plain]
-HOST = [a.name for a in ARCHS if a.machine == os.uname().machine and host_flags().issuperset(a.requires)]
+HOST = [a.name for a in ARCHS if a.machine == os.uname().machine and cpu_flags().issuperset(a.requires)]
 """Archs that this machine can run."""
 SIZES = [(1, 1), (1, 2), (2, 3), (1, 7), (3, 17)]
 """One row, rows below and above a register tile, more rows than share one decoding."""

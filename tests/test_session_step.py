@@ -228,6 +228,6 @@ def test_artifacts_for_other_machines(models: Models, monkeypatch: pytest.Monkey
     with pytest.raises(ArtifactError, match="compiled for pdp11, this machine is"):
         dsv4c.Session(artifact)
     monkeypatch.setitem(artifact.meta, "arch", arch | {"requires": ["a flag of no CPU"]})
-    monkeypatch.setattr(session_module, "_cpu_flags", lambda: frozenset({"sse2"}))
+    monkeypatch.setattr(session_module, "cpu_flags", lambda: frozenset({"sse2"}))
     with pytest.raises(ArtifactError, match="this CPU lacks a flag of no CPU"):
         dsv4c.Session(artifact)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 
+from dsv4c.runtime.cpu import cpu_flags
 from dsv4c.targets.base import Arch, Emitter, Format, Target
 from dsv4c.targets.onnx.ops import FUSE, OPS, VISION
 
@@ -14,6 +14,10 @@ _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 
 ARCHS = (
     Arch(
+        "x86-64-v4-amx", {"mcpu": "x86-64-v4", "mattr": "+avx512bf16,+avx512vnni,+amx-tile,+amx-bf16"},
+        (*_V4, "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16"),
+    ),
+    Arch(
         "x86-64-v4-bf16", {"mcpu": "x86-64-v4", "mattr": "+avx512bf16,+avx512vnni"},
         (*_V4, "avx512_bf16", "avx512_vnni"),
     ),
@@ -22,7 +26,8 @@ ARCHS = (
     Arch("x86-64-v2", {"mcpu": "x86-64-v2"}, _V2),
     Arch("aarch64", {"mtriple": "aarch64-linux-gnu", "mcpu": "generic"}, (), "aarch64"),
 )
-"""The psABI levels, the fourth with dot products (Zen 4, Cooper Lake and later), and generic 64-bit ARM; an
+"""The psABI levels, the fourth with dot products (Zen 4, Cooper Lake and later) and with tile registers
+(Sapphire Rapids and later), and generic 64-bit ARM; an
 artifact runs on every machine that has its arch's features."""
 
 _ENGRAM = frozenset({"stream_norm", "short_conv", "engram_prefetch", "engram_fetch"})
@@ -51,21 +56,11 @@ _PLAN = ",plan_memory{tokens=256, batch=1}"
 
 def host_arch() -> str:
     """The highest arch whose features this machine has."""
-    machine, flags = platform.machine(), host_flags()
+    machine, flags = platform.machine(), cpu_flags()
     for arch in ARCHS:
         if arch.machine == machine and flags.issuperset(arch.requires):
             return arch.name
     return ARCHS[-1].name if machine == "aarch64" else "x86-64-v2"
-
-
-def host_flags() -> frozenset[str]:
-    """Feature flags of the first core, as the kernel spells them; empty where it does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return frozenset(flags.partition(":")[2].split())
 
 
 def _load_tvm() -> Emitter:

@@ -148,7 +148,10 @@ def simd_of(arch: Arch) -> Simd:
     """The best vector instructions that every machine of an arch has."""
     if arch.machine == "aarch64":
         return Simd.NEON
-    names = {"avx512_bf16": Simd.AVX512_BF16, "avx512bw": Simd.AVX512, "avx2": Simd.AVX2, "ssse3": Simd.SSSE3}
+    names = {
+        "amx_bf16": Simd.AMX, "avx512_bf16": Simd.AVX512_BF16, "avx512bw": Simd.AVX512, "avx2": Simd.AVX2,
+        "ssse3": Simd.SSSE3,
+    }  # fmt: skip
     return next((simd for flag, simd in names.items() if flag in arch.requires), Simd.NONE)
 
 

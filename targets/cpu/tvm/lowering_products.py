@@ -7,7 +7,7 @@ in front of it then writes bits and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import relax
@@ -20,8 +20,9 @@ from dsv4c.ir.weights import WeightExpr
 from . import matrix
 from .context import Context, ints
 from .kernels import dense, rounding, statistics
-from .kernels.packing import Simd
+from .kernels.packing import Packing, Simd
 from .kernels.product import panel_width
+from .kernels.tiles import by_tiles, row_length
 from .lowering_rounding import rounded_expert_mlp, rows_of
 
 
@@ -36,31 +37,37 @@ def grouped_linear(c: Context, op: Op) -> None:
     rows, k = ints(op.operands[1])
     n = rows // groups
 
-    def pieces(e: WeightExpr) -> tuple[WeightExpr, ...]:
+    def parts(e: WeightExpr) -> tuple[WeightExpr, ...]:
         return tuple(w.rows(e, g * n, (g + 1) * n) for g in range(groups))
 
-    _linear(c, op, ints(op.operands[0]), groups, k, n, pieces)
+    _linear(c, op, ints(op.operands[0]), groups, k, n, parts)
 
 
 def _linear(
-    c: Context, op: Op, heads: tuple[int, ...] | None, groups: int, k: int, n: int, pieces: matrix.Pieces
+    c: Context, op: Op, heads: tuple[int, ...] | None, groups: int, k: int, n: int, parts: matrix.Parts
 ) -> None:
-    dot = takes_bits(c, op)
-    m = matrix.in_panels(c, op.operands[1], panel_width(n), pieces, dot)
-    x = _bits(c, op.operands[0]) if dot else c.values[op.operands[0]]
+    (m,) = _taking(pieces_for(c, op), matrix.in_panels(c, op.operands[1], panel_width(n), parts))
+    x = _rows(c, op.operands[0], m.packing)
     c.lower(op, dense.grouped_linear, heads, groups, k, n, m.packing, args=[x, *m.args])
 
 
-def takes_bits(c: Context, op: Op) -> bool:
-    """Whether an op multiplies the rows of its operand 0 as pairs of BF16 numbers."""
-    if c.simd is not Simd.AVX512_BF16:
-        return False
-    if op.name == "expert_mlp":
-        (_, k, inner), matrices = ints(op.operands[5]), op.operands[4:6]
-        return op.attrs["rounding"] == "bf16_rows" and k % 2 == inner % 2 == 0 and all(map(_narrow, matrices))
-    if op.name not in ("linear", "grouped_linear") or op.attrs["inputs"] != "bf16":
-        return False
-    return ints(op.operands[1])[1] % 2 == 0 and _narrow(op.operands[1])
+def pieces_for(c: Context, op: Op) -> int:
+    """In how many BF16 pieces an op takes the rows of its operand 0; 0 is as float32, see `Packing`."""
+    if c.simd not in (Simd.AVX512_BF16, Simd.AMX) or op.name not in _PRODUCTS:
+        return 0
+    if op.name in ("linear", "grouped_linear"):
+        one, widths, matrices = op.attrs["inputs"] == "bf16", ints(op.operands[1])[1:], op.operands[1:2]
+    else:
+        *_, w13, w2 = op.operands
+        one, widths, matrices = op.attrs.get("rounding") == "bf16_rows", ints(w2)[1:], [w13, w2]
+    if any(n % 2 for n in widths):
+        return 0
+    if one and all(map(_narrow, matrices)):
+        return 1
+    return 3 if c.simd is Simd.AMX else 0
+
+
+_PRODUCTS = frozenset({"linear", "grouped_linear", "expert_mlp", "expert_statistics"})
 
 
 def _narrow(value: Value) -> bool:
@@ -73,23 +80,37 @@ def round_values(c: Context, op: Op) -> None:
     rule, channels = op.attrs["rule"], op.attrs["channels"] or d
     if rule != "bf16":
         c.lower(op, rounding.round_blocks, heads, d, rule, op.attrs["block"] or channels, channels)
-    elif not op.result.uses or not all(takes_bits(c, user) and i == 0 for user, i in op.result.uses):
+    elif not op.result.uses or not all(pieces_for(c, user) == 1 and i == 0 for user, i in op.result.uses):
         c.lower(op, rounding.round_bf16, heads, d, channels)
 
 
-def _bits(c: Context, x: Value) -> Any:
-    """The bits of rows that hold BF16 numbers; from in front of the rounding, where there is one."""
-    key = ("bits", x)
+def _rows(c: Context, x: Value, packing: Packing) -> Any:
+    """Rows as a product takes them: the value, or its pieces; from in front of a rounding that is the piece."""
+    if not packing.pieces:
+        return c.values[x]
+    heads, d = rows_of(x)
+    pieces, length = packing.pieces, row_length(packing, (heads or 1) * d)
+    key = ("pieces", x, pieces, length)
     if key not in c.memo:
-        source = x.producer
-        by_rounding = source is not None and source.name == "round_values" and source.attrs["rule"] == "bf16"
-        before = (
-            source.operands[0] if source is not None and by_rounding and not source.attrs["channels"] else x
-        )
-        kernel = c.kernel(rounding.bf16_rows, *rows_of(x))
-        shape = relax.TensorType([c.dim(d) for d in x.type.shape], "uint16")
-        (c.memo[key],) = c.call(kernel, [c.values[before]], shape)
+        kernel = c.kernel(rounding.bf16_rows, heads, d, pieces, length)
+        shape = relax.TensorType([c.dim(n) for n in (pieces, *x.type.shape[:2], length)], "uint16")
+        source = _before_rounding(x) if pieces == 1 else x
+        (c.memo[key],) = c.call(kernel, [c.values[source]], shape)
     return c.memo[key]
+
+
+def _before_rounding(x: Value) -> Value:
+    """What is rounded to BF16 to become x, where all of x is."""
+    op = x.producer
+    if op is None or op.name != "round_values" or op.attrs["rule"] != "bf16" or op.attrs["channels"]:
+        return x
+    return op.operands[0]
+
+
+def _taking(pieces: int, *matrices: matrix.Matrix) -> tuple[matrix.Matrix, ...]:
+    """The matrices for rows in so many pieces; for rows of float32, where one of them has no such product."""
+    found = tuple(replace(m, packing=replace(m.packing, pieces=pieces)) for m in matrices)
+    return matrices if pieces > 1 and not all(by_tiles(m.packing) for m in found) else found
 
 
 @dataclass(frozen=True)
@@ -114,7 +135,6 @@ class _Routes:
 def _routes(c: Context, op: Op, operands: list[Value]) -> _Routes:
     """First half of the expert MLP; computed once where two ops read the same operands."""
     x, ids, weights, n_valid, w13, w2 = operands
-    dot = takes_bits(c, op)
     rounded = op.attrs.get("rounding") == "bf16_rows"
     key = ("routes", *operands, op.attrs["limit"], rounded)
     known: _Routes | None = c.memo.get(key)
@@ -128,14 +148,23 @@ def _routes(c: Context, op: Op, operands: list[Value]) -> _Routes:
         c.kernel(dense.expert_order, experts, topk), [c.values[ids], c.values[n_valid]],
         relax.TensorType([routes], "int32"), relax.TensorType([experts + 1], "int32"),
     )  # fmt: skip
-    first = matrix.in_panels(
-        c, w13, 2 * dense.PAIR, lambda e: tuple(w.pair_rows(m, dense.PAIR) for m in matrix.entries(e)), dot
+    first, second = _taking(
+        pieces_for(c, op),
+        matrix.in_panels(
+            c, w13, 2 * dense.PAIR, lambda e: tuple(w.pair_rows(m, dense.PAIR) for m in matrix.entries(e))
+        ),
+        matrix.in_panels(c, w2, panel_width(k), matrix.entries),
     )
-    second = matrix.in_panels(c, w2, panel_width(k), matrix.entries, dot)
+    rows, pieces = _rows(c, x, first.packing), first.packing.pieces
+    if by_tiles(first.packing):
+        in_order = relax.TensorType([c.dim(pieces), routes, c.dim(row_length(first.packing, k))], "uint16")
+        kernel = c.kernel(dense.expert_rows, k, topk, first.packing)
+        (rows,) = c.call(kernel, [rows, order, starts], in_order)
+    planes, width = [c.dim(pieces)] if pieces else [], row_length(first.packing, inner)
     (hidden,) = c.call(
         c.kernel(dense.expert_hidden, experts, k, inner, topk, op.attrs["limit"], first.packing, rounded),
-        [_bits(c, x) if dot else c.values[x], c.values[weights], order, starts, *first.args],
-        relax.TensorType([routes, inner], "uint16" if dot else "float32"),
+        [rows, c.values[weights], order, starts, *first.args],
+        relax.TensorType([*planes, routes, c.dim(width)], "uint16" if pieces else "float32"),
     )
     c.memo[key] = found = _Routes(order, starts, hidden, second, (experts, k, inner, topk), routes)
     return found

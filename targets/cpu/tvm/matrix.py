@@ -7,7 +7,7 @@ decode. Knows layouts, not ops.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from dsv4c.ir import layouts
@@ -20,7 +20,7 @@ from dsv4c.ir.weights import WeightExpr
 from .context import Context
 from .kernels.packing import Packing
 
-Pieces = Callable[[WeightExpr], tuple[WeightExpr, ...]]
+Parts = Callable[[WeightExpr], tuple[WeightExpr, ...]]
 """[rows, any] or [experts, rows, any] -> the matrices whose panels follow one another."""
 
 
@@ -32,19 +32,16 @@ class Matrix:
     args: list[Any]
 
 
-def in_panels(
-    c: Context, value: Value, width: int, pieces: Pieces = lambda e: (e,), dot: bool = False
-) -> Matrix:
-    """A weight as panels of `width` rows of its pieces, for products of pairs where `dot`."""
+def in_panels(c: Context, value: Value, width: int, parts: Parts = lambda e: (e,)) -> Matrix:
+    """A weight as panels of `width` rows of its parts, for rows of float32."""
 
     def panels(e: WeightExpr) -> WeightExpr:
-        return w.concat(tuple(w.panel(m, width) for m in pieces(e)))
+        return w.concat(tuple(w.panel(m, width) for m in parts(e)))
 
     def words(e: WeightExpr) -> WeightExpr:
-        return w.concat(tuple(layouts.lane_words(m, width) for m in pieces(e)))
+        return w.concat(tuple(layouts.lane_words(m, width) for m in parts(e)))
 
-    found = _matrix(c, value, panels, words)
-    return replace(found, packing=replace(found.packing, dot=dot))
+    return _matrix(c, value, panels, words)
 
 
 def is_packed(value: Value) -> bool:

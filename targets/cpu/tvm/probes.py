@@ -18,7 +18,7 @@ _WORDS = PointerType(PrimType("int64"))
 _SYMBOL = "__tvm_ffi_"
 """What a packed function's name begins with in a library."""
 _MONOTONIC = 1
-_SUMS = {Simd.AVX512: 12, Simd.AVX2: 6, Simd.NEON: 6}
+_SUMS = {Simd.AMX: 12, Simd.AVX512_BF16: 12, Simd.AVX512: 12, Simd.AVX2: 6, Simd.NEON: 6}
 """Independent sums of 16 lanes: enough to hide the latency of a multiply-add, few enough for registers."""
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
+from .vec import exp
+
 KEYS = 12
 """Keys staged at a time: their logits are below the kilobyte up to which buffers live in registers."""
 
@@ -141,11 +143,11 @@ def attention(a: AttentionShape):
                     for i in T.unroll(KEYS):
                         if blk * KEYS + i < span[2]:
                             new_top[ramp(0)] = T.max(new_top[ramp(0)], logit[ramp(i * lanes)])
-                    top[ramp(0)] = T.exp(top[ramp(0)] - new_top[ramp(0)])
+                    top[ramp(0)] = exp(top[ramp(0)] - new_top[ramp(0)])
                     total[ramp(0)] = total[ramp(0)] * top[ramp(0)]
                     for i in T.unroll(KEYS):
                         if blk * KEYS + i < span[2]:
-                            logit[ramp(i * lanes)] = T.exp(logit[ramp(i * lanes)] - new_top[ramp(0)])
+                            logit[ramp(i * lanes)] = exp(logit[ramp(i * lanes)] - new_top[ramp(0)])
                         else:
                             logit[ramp(i * lanes)] = zeros()
                         total[ramp(0)] = total[ramp(0)] + logit[ramp(i * lanes)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
-from .vec import LANES, ramp, sigmoid, splat, weight_dtype, zeros
+from .vec import LANES, exp, ramp, sigmoid, splat, weight_dtype, zeros
 
 LINE = 8
 """Lanes of the projection: the 24 rows of four streams are three vectors, without padding."""
@@ -127,7 +127,7 @@ def _finish(a: BorderShape):
                 mat[i * n + j] = acc[2 * n + i * n + j] * rho[0] * Scale[2] + Base[2 * n + i * n + j]
                 top[0] = T.max(top[0], mat[i * n + j])
             for j in T.unroll(n):
-                mat[i * n + j] = T.exp(mat[i * n + j] - top[0])
+                mat[i * n + j] = exp(mat[i * n + j] - top[0])
             top[0] = T.float32(0)
             for j in T.unroll(n):
                 top[0] = top[0] + mat[i * n + j]

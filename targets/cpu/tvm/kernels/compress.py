@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
+from .vec import exp
+
 
 def position_bias(ratio: int, width: int):
     """x [B,S,width] + bias [ratio,width] at row (pos + t) mod ratio."""
@@ -73,7 +75,7 @@ def compress(ratio: int, width: int, overlap: bool):
                         if first[1] >= P[b]:
                             for c in T.serial(width):
                                 w1 = T.alloc_buffer((1,), "float32", scope="local")
-                                w1[0] = T.exp(G[b, first[1] - P[b], r // ratio * width + c] - top[c])
+                                w1[0] = exp(G[b, first[1] - P[b], r // ratio * width + c] - top[c])
                                 total[c] = total[c] + w1[0]
                                 Y[b, i, c] = (
                                     Y[b, i, c] + w1[0] * KV[b, first[1] - P[b], r // ratio * width + c]
@@ -81,7 +83,7 @@ def compress(ratio: int, width: int, overlap: bool):
                         else:
                             for c in T.serial(width):
                                 w2 = T.alloc_buffer((1,), "float32", scope="local")
-                                w2[0] = T.exp(GR[b, first[1] % rows, r // ratio * width + c] - top[c])
+                                w2[0] = exp(GR[b, first[1] % rows, r // ratio * width + c] - top[c])
                                 total[c] = total[c] + w2[0]
                                 Y[b, i, c] = (
                                     Y[b, i, c] + w2[0] * KR[b, first[1] % rows, r // ratio * width + c]

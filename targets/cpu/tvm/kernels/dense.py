@@ -11,77 +11,90 @@ from math import prod
 
 from tvm.script import tirx as T
 
+from . import tiles
 from .dot import dot_product
 from .packing import Packing, number, scale_number
 from .product import CHUNK, panel_product, panel_width
-from .rounding import bf16, bf16_bits
-from .vec import LANES, ramp, shape, sigmoid, splat
+from .rounding import bf16, store_pieces
+from .tiles import by_tiles, row_length, tile_product
+from .vec import LANES, by_vectors, lanes_from, ramp, sigmoid, splat
 
 PAIR = 32
 """Rows of w1 and of w3 in one panel of the experts' first product."""
 
 
 def _products(p: Packing, k: int, width: int):
-    """What multiplies rows by a panel, and how many columns of X an element of its view holds."""
-    return (dot_product(p, k, width), 2) if p.dot else (panel_product(p, k, width), 1)
+    """What multiplies rows by a panel, how many columns an element of its view of X holds, most rows."""
+    if not p.pieces:
+        return panel_product(p, k, width), 1, CHUNK
+    if by_tiles(p):
+        return tile_product(p, k, width), 2, tiles.CHUNK
+    return dot_product(p, k, width), 2, CHUNK
+
+
+def _rows_shape(p: Packing, *rows):
+    """Of rows as a product takes them: as they are, or [pieces,...] of rows in one axis, with their gaps."""
+    return (p.pieces, *rows[:-1], row_length(p, rows[-1])) if p.pieces else rows
 
 
 def _rows_dtype(p: Packing) -> str:
     """BF16 bits where pairs are multiplied."""
-    return "uint16" if p.dot else "float32"
+    return "uint16" if p.pieces else "float32"
 
 
 def _view_dtype(p: Packing) -> str:
-    return "uint32" if p.dot else "float32"
+    return "uint32" if p.pieces else "float32"
 
 
 def grouped_linear(heads: tuple[int, int] | None, groups: int, k: int, n: int, p: Packing):
     """X [B,S,*heads] seen as `groups` rows of k, n output rows a group -> Y [B,S,groups*n] f32.
 
-    X is f32, or BF16 bits where `p.dot`.
+    X is f32, or the bits of its BF16 pieces [p.pieces,...] where `p.pieces`.
 
     A plain `linear` is one group of X [B,S,k], heads None. W, S, R are the codes, block scales and row
     scales of groups * ceil(n/width) panels, as `Packing` says.
     """
     width = panel_width(n)
     panels = -(-n // width)
-    product, per = _products(p, k, width)
+    product, per, most = _products(p, k, width)
+    planes = p.pieces or 1
     codes, scales, rows_ = (
         p.code_shape(groups * panels, k, width), p.scale_shape(groups * panels, k, width),
         p.row_shape(groups * panels, width),
     )  # fmt: skip
-    inner = (groups * k,) if heads is None else heads
+    inner = (groups * k,) if heads is None or p.pieces else heads
+    length = row_length(p, groups * k) // per
 
     @T.prim_func(s_tir=True)
     def func(x: T.handle, w: T.handle, s: T.handle, r: T.handle, y: T.handle):
         T.func_attr({"tir.noalias": True})
         B = T.int64()
         S = T.int64()
-        X = T.match_buffer(x, shape(B, S, *inner), _rows_dtype(p))
+        X = T.match_buffer(x, _rows_shape(p, B, S, *inner), _rows_dtype(p))
         W = T.match_buffer(w, codes, p.dtype)
         Scale = T.match_buffer(s, scales, p.scale_dtype)
         Row = T.match_buffer(r, rows_, "float32")
         Y = T.match_buffer(y, (B, S, groups * n), "float32")
-        Xf = T.decl_buffer((B * S * groups * k // per,), _view_dtype(p), data=X.data)
+        Xf = T.decl_buffer((planes * B * S * length,), _view_dtype(p), data=X.data)
         Wf = T.decl_buffer((prod(codes),), p.dtype, data=W.data)
         Sf = T.decl_buffer((prod(scales),), p.scale_dtype, data=Scale.data)
         Rf = T.decl_buffer((prod(rows_),), "float32", data=Row.data)
         Yf = T.decl_buffer((B * S * groups * n,), "float32", data=Y.data)
         for gp in T.parallel(groups * panels):
-            for chunk in T.serial((B * S + CHUNK - 1) // CHUNK):
-                out = T.alloc_buffer((CHUNK * width,), "float32")
-                rows: T.let[T.int64] = T.min(B * S - chunk * CHUNK, T.int64(CHUNK))
+            for chunk in T.serial((B * S + most - 1) // most):
+                out = T.alloc_buffer((most * width,), "float32")
+                rows: T.let[T.int64] = T.min(B * S - chunk * most, T.int64(most))
                 product(
                     out, Xf, Wf, Sf, Rf,
-                    _every(groups * k // per, (chunk * CHUNK * groups + gp // panels) * (k // per)),
-                    rows,
-                    T.cast(gp, "int64"),
+                    _every(length, chunk * most * length + gp // panels * (k // per)),
+                    rows, T.cast(gp, "int64"), B * S * length,
+                    T.min(T.cast(gp, "int64") + 1, groups * panels - 1),
                 )  # fmt: skip
                 for i in T.serial(rows):
-                    for j in T.serial(T.min(width, n - gp % panels * width)):
-                        Yf[((chunk * CHUNK + i) * groups + gp // panels) * n + gp % panels * width + j] = out[
-                            i * width + j
-                        ]
+                    y: T.let[T.int64] = (
+                        ((chunk * most + i) * groups + gp // panels) * n + gp % panels * width
+                    )
+                    _columns(n, width, gp % panels, _move, Yf, y, out, i * width)
 
     return func
 
@@ -125,6 +138,41 @@ def embed(vocab: int, d: int, p: Packing):
     return func
 
 
+def _next_expert(Starts, e, experts: int):
+    """The next one that has rows, or the same."""
+    found = T.alloc_buffer((1,), "int32")
+    T.buffer_store(found, e + 1, [0])
+    with T.While(T.And(found[0] < experts, Starts[T.min(found[0] + 1, experts)] == Starts[found[0]])):
+        T.buffer_store(found, found[0] + 1, [0])
+    return T.bind(T.if_then_else(found[0] < experts, found[0], e))
+
+
+def _columns(n: int, width: int, panel, body, *args) -> None:
+    """`by_vectors` for the columns of a panel of n in panels of `width`; the last one may be short."""
+    if n % width == 0:
+        by_vectors(width, body, *args)
+        return
+    with T.If(panel < n // width):
+        with T.Then():
+            by_vectors(width, body, *args)
+        with T.Else():
+            by_vectors(n % width, body, *args)
+
+
+def _move(j, lanes: int, y, y_at, x, x_at) -> None:
+    T.buffer_store(y, x[lanes_from(x_at + j, lanes)], [lanes_from(y_at + j, lanes)])
+
+
+def _add(j, lanes: int, y, y_at, x, x_at) -> None:
+    place = lanes_from(y_at + j, lanes)
+    T.buffer_store(y, y[place] + x[lanes_from(x_at + j, lanes)], [place])
+
+
+def _clear(j, lanes: int, y, y_at) -> None:
+    nothing = T.float32(0) if lanes == 1 else T.broadcast(T.float32(0), lanes)
+    T.buffer_store(y, nothing, [lanes_from(y_at + j, lanes)])
+
+
 def _every(stride, start):
     """Rows one after the other: where row r starts."""
     return lambda r: start + r * stride
@@ -140,24 +188,31 @@ def expert_hidden(
 ):
     """First half of the expert MLP, on routes sorted by expert.
 
-    X [B,S,k]; gates [B,S,topk]; order [B*S*topk] i32 (sorted row -> position in
-    the flat routing); starts [experts+1] i32; W, S, R: `experts` times ceil(inner/32) panels of 64 rows, 32
-    of w1, then 32 of w3, of the same channels
-    -> H [B*S*topk, inner] = silu(min(g, L)) clamp(u, -L, L) gate, `rounded` to BF16; bits of it where
-    `p.dot`, else f32.
+    X [B,S,k], where products are by tiles [B*S*topk, k] of `expert_rows`; gates [B,S,topk]; order [B*S*topk]
+    i32 (sorted row -> position in the flat routing); starts [experts+1] i32; W, S, R: `experts` times
+    ceil(inner/32) panels of 64 rows, 32 of w1, then 32 of w3, of the same channels
+    -> H [B*S*topk, inner] = silu(min(g, L)) clamp(u, -L, L) gate, `rounded` to BF16; the bits of its pieces
+    [p.pieces,...] where `p.pieces`, else f32.
     """
     panels, width = -(-inner // PAIR), 2 * PAIR
-    product, per = _products(p, k, width)
+    product, per, most = _products(p, k, width)
+    planes = p.pieces or 1
     codes, scales = p.code_shape(experts * panels, k, width), p.scale_shape(experts * panels, k, width)
     rows_ = p.row_shape(experts * panels, width)
+    in_order = by_tiles(p)
+    length, h_length = row_length(p, k) // per, row_length(p, inner)
 
     def hidden(gate, up, weight):
         gate = T.min(gate, splat(T.float32(limit)))
         up = T.max(T.min(up, splat(T.float32(limit))), splat(T.float32(-limit)))
         return gate * sigmoid(gate) * up * splat(weight)
 
-    def kept(x):
-        return (bf16_bits(x) if p.dot else bf16(x)) if rounded else x
+    def keep(j, lanes, Hid, at, apart, out, start):
+        x = out[lanes_from(start + j, lanes)]
+        if p.pieces:
+            store_pieces(Hid, at + j, apart, x, p.pieces)
+        else:
+            T.buffer_store(Hid, bf16(x) if rounded else x, [lanes_from(at + j, lanes)])
 
     @T.prim_func(s_tir=True)
     def func(
@@ -166,30 +221,35 @@ def expert_hidden(
         T.func_attr({"tir.noalias": True})
         B = T.int64()
         S = T.int64()
-        X = T.match_buffer(x, (B, S, k), _rows_dtype(p))
+        X = T.match_buffer(x, _rows_shape(p, *((B * S * topk,) if in_order else (B, S)), k), _rows_dtype(p))
         G = T.match_buffer(g, (B, S, topk), "float32")
         Order = T.match_buffer(o, (B * S * topk,), "int32")
         Starts = T.match_buffer(s, (experts + 1,), "int32")
         W = T.match_buffer(w, codes, p.dtype)
         Scale = T.match_buffer(c, scales, p.scale_dtype)
         Row = T.match_buffer(r, rows_, "float32")
-        Hid = T.match_buffer(h, (B * S * topk, inner), _rows_dtype(p))
-        Xf = T.decl_buffer((B * S * k // per,), _view_dtype(p), data=X.data)
+        Hid = T.match_buffer(h, _rows_shape(p, B * S * topk, inner), _rows_dtype(p))
+        Hf = T.decl_buffer((planes * B * S * topk * h_length,), _rows_dtype(p), data=Hid.data)
+        each = T.meta_var(B * S * (topk if in_order else 1) * length)
+        Xf = T.decl_buffer((planes * each,), _view_dtype(p), data=X.data)
         Gf = T.decl_buffer((B * S * topk,), "float32", data=G.data)
         Wf = T.decl_buffer((prod(codes),), p.dtype, data=W.data)
         Sf = T.decl_buffer((prod(scales),), p.scale_dtype, data=Scale.data)
         Rf = T.decl_buffer((prod(rows_),), "float32", data=Row.data)
         for pn in T.parallel(panels):
             for e in T.serial(experts):
-                for chunk in T.serial((Starts[e + 1] - Starts[e] + (CHUNK - 1)) // CHUNK):
-                    out = T.alloc_buffer((CHUNK * width,), "float32")
-                    first: T.let[T.int64] = T.cast(Starts[e] + chunk * CHUNK, "int64")
+                for chunk in T.serial((Starts[e + 1] - Starts[e] + (most - 1)) // most):
+                    out = T.alloc_buffer((most * width,), "float32")
+                    first: T.let[T.int64] = T.cast(Starts[e] + chunk * most, "int64")
                     rows: T.let[T.int64] = T.cast(
-                        T.min(Starts[e + 1] - Starts[e] - chunk * CHUNK, CHUNK), "int64"
+                        T.min(Starts[e + 1] - Starts[e] - chunk * most, most), "int64"
                     )
                     product(
-                        out, Xf, Wf, Sf, Rf, _routed(Order, first, topk, k // per), rows,
-                        T.cast(e, "int64") * panels + pn,
+                        out, Xf, Wf, Sf, Rf,
+                        _every(length, first * length) if in_order
+                        else _routed(Order, first, topk, length),
+                        rows, T.cast(e, "int64") * panels + pn, each,
+                        T.cast(_next_expert(Starts, e, experts), "int64") * panels + pn,
                     )  # fmt: skip
                     for i in T.serial(rows):
                         for q in T.unroll(PAIR // LANES):
@@ -198,8 +258,44 @@ def expert_hidden(
                                 out[ramp(i * width + PAIR + q * LANES)],
                                 Gf[Order[first + i]],
                             )
-                        for j in T.serial(T.min(PAIR, inner - pn * PAIR)):
-                            Hid[first + i, pn * PAIR + j] = kept(out[i * width + j])
+                        h_at: T.let[T.int64] = (first + i) * h_length + pn * PAIR
+                        _columns(inner, PAIR, pn, keep, Hf, h_at, B * S * topk * h_length, out, i * width)
+
+    return func
+
+
+def expert_rows(k: int, topk: int, p: Packing):
+    """X [p.pieces,B,S,k] BF16 bits, order [B*S*topk], starts [experts+1] -> each route's row, in order.
+
+    Rows have the gap of `row_length` behind them.
+    """
+    length = row_length(p, k)
+
+    @T.inline
+    def copy(Xf, Yf, Order, i, tokens):
+        for q in T.serial(p.pieces):
+            x_at: T.let[T.int64] = (q * tokens + T.cast(Order[i] // topk, "int64")) * length
+            y_at: T.let[T.int64] = (q * tokens * topk + i) * length
+            by_vectors(k, _move, Yf, y_at, Xf, x_at)
+
+    @T.prim_func(s_tir=True)
+    def func(x: T.handle, o: T.handle, s: T.handle, y: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        E = T.int64()
+        X = T.match_buffer(x, (p.pieces, B, S, length), "uint16")
+        Order = T.match_buffer(o, (B * S * topk,), "int32")
+        Starts = T.match_buffer(s, (E,), "int32")
+        Y = T.match_buffer(y, (p.pieces, B * S * topk, length), "uint16")
+        Xf = T.decl_buffer((p.pieces * B * S * length,), "uint16", data=X.data)
+        Yf = T.decl_buffer((p.pieces * B * S * topk * length,), "uint16", data=Y.data)
+        if B * S == 1:  # waking a second thread would cost more
+            for i in T.serial(T.cast(Starts[E - 1], "int64")):
+                copy(Xf, Yf, Order, i, B * S)
+        else:
+            for i in T.parallel(T.cast(Starts[E - 1], "int64")):
+                copy(Xf, Yf, Order, i, B * S)
 
     return func
 
@@ -207,12 +303,13 @@ def expert_hidden(
 def expert_output(experts: int, k: int, inner: int, topk: int, p: Packing):
     """Second half: H [B*S*topk, inner] by `experts` times ceil(k/width) panels W, S, R into Y [B,S,k].
 
-    H is f32, or BF16 bits where `p.dot`.
+    H is f32, or the bits of its BF16 pieces [p.pieces,...] where `p.pieces`.
     A token's experts are added in ascending order. Tokens without a route (padding) get 0.
     """
     width = panel_width(k)
     panels = -(-k // width)
-    product, per = _products(p, inner, width)
+    product, per, most = _products(p, inner, width)
+    planes, length = p.pieces or 1, row_length(p, inner) // per
     codes, rows_ = p.code_shape(experts * panels, inner, width), p.row_shape(experts * panels, width)
     scales = p.scale_shape(experts * panels, inner, width)
 
@@ -221,39 +318,38 @@ def expert_output(experts: int, k: int, inner: int, topk: int, p: Packing):
         T.func_attr({"tir.noalias": True})
         B = T.int64()
         S = T.int64()
-        Hid = T.match_buffer(h, (B * S * topk, inner), _rows_dtype(p))
+        Hid = T.match_buffer(h, _rows_shape(p, B * S * topk, inner), _rows_dtype(p))
         Order = T.match_buffer(o, (B * S * topk,), "int32")
         Starts = T.match_buffer(s, (experts + 1,), "int32")
         W = T.match_buffer(w, codes, p.dtype)
         Scale = T.match_buffer(c, scales, p.scale_dtype)
         Row = T.match_buffer(r, rows_, "float32")
         Y = T.match_buffer(y, (B, S, k), "float32")
-        Hf = T.decl_buffer((B * S * topk * inner // per,), _view_dtype(p), data=Hid.data)
+        Hf = T.decl_buffer((planes * B * S * topk * length,), _view_dtype(p), data=Hid.data)
         Wf = T.decl_buffer((prod(codes),), p.dtype, data=W.data)
         Sf = T.decl_buffer((prod(scales),), p.scale_dtype, data=Scale.data)
         Rf = T.decl_buffer((prod(rows_),), "float32", data=Row.data)
         Yf = T.decl_buffer((B * S * k,), "float32", data=Y.data)
         for pn in T.parallel(panels):
             for m in T.serial(B * S):
-                for j in T.serial(T.min(width, k - pn * width)):
-                    Yf[m * k + pn * width + j] = T.float32(0)
+                _columns(k, width, pn, _clear, Yf, m * k + pn * width)
             for e in T.serial(experts):
-                for chunk in T.serial((Starts[e + 1] - Starts[e] + (CHUNK - 1)) // CHUNK):
-                    out = T.alloc_buffer((CHUNK * width,), "float32")
-                    first: T.let[T.int64] = T.cast(Starts[e] + chunk * CHUNK, "int64")
+                for chunk in T.serial((Starts[e + 1] - Starts[e] + (most - 1)) // most):
+                    out = T.alloc_buffer((most * width,), "float32")
+                    first: T.let[T.int64] = T.cast(Starts[e] + chunk * most, "int64")
                     rows: T.let[T.int64] = T.cast(
-                        T.min(Starts[e + 1] - Starts[e] - chunk * CHUNK, CHUNK), "int64"
+                        T.min(Starts[e + 1] - Starts[e] - chunk * most, most), "int64"
                     )
                     product(
-                        out, Hf, Wf, Sf, Rf, _every(inner // per, first * (inner // per)), rows,
-                        T.cast(e, "int64") * panels + pn,
+                        out, Hf, Wf, Sf, Rf, _every(length, first * length), rows,
+                        T.cast(e, "int64") * panels + pn, B * S * topk * length,
+                        T.cast(_next_expert(Starts, e, experts), "int64") * panels + pn,
                     )  # fmt: skip
                     for i in T.serial(rows):
-                        token: T.let[T.int64] = T.cast(Order[first + i] // topk, "int64")
-                        for j in T.serial(T.min(width, k - pn * width)):
-                            Yf[token * k + pn * width + j] = (
-                                Yf[token * k + pn * width + j] + out[i * width + j]
-                            )
+                        y_at: T.let[T.int64] = (
+                            T.cast(Order[first + i] // topk, "int64") * k + pn * width
+                        )
+                        _columns(k, width, pn, _add, Yf, y_at, out, i * width)
 
     return func
 

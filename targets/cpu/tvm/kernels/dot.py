@@ -17,7 +17,7 @@ from dsv4c.ir.dtypes import DType
 
 from .packing import Packing
 from .pairs import fold, folds, pair
-from .product import ROWS, load, store, sums
+from .product import ROWS, load, parts_of, store, sums
 from .vec import LANES, ramp, splat, zeros
 
 STRIP = 128
@@ -39,7 +39,7 @@ declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloa
 
 
 def dot_product(p: Packing, k: int, width: int):
-    """A function like `product.panel_product`'s; X is uint32, a pair of columns to a word, and so is at(r).
+    """A function like `product.panel_product`'s; X is uint32, a pair of columns to a word, in one piece.
 
     k is even.
     """
@@ -52,14 +52,6 @@ def dot_product(p: Packing, k: int, width: int):
 
     def dot(total, weights, x):
         return T.call_extern("float32x16", "dsv4c_dot", total, weights, splat(x))
-
-    def parts_of(columns, size, body):
-        """`body(first, how many)` for columns in parts of `size`; the last may be short."""
-        if columns >= size:
-            with T.serial(0, columns // size) as i:
-                body(i * size, size)
-        if columns % size:
-            body(columns // size * size, columns % size)
 
     def scale_at(panel, column, v):
         return (panel * blocks + column // block) * width + v * LANES
@@ -151,7 +143,7 @@ def dot_product(p: Packing, k: int, width: int):
 
         parts_of(k, strip, one_strip)
 
-    def product(out, X, W, S, R, at, rows, panel):
+    def product(out, X, W, S, R, at, rows, panel, *_):
         with T.attr(T.int32(0), "pragma_import_llvm", _DOT):
             with T.If(rows <= FEW):
                 with T.Then(), T.serial(0, rows) as r:

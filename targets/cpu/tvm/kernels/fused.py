@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from .vec import LANES, ramp, shape, zeros
+from .vec import LANES, exp, ramp, shape, zeros
 
 
 def columns(total: int, first: int, width: int):
@@ -146,13 +146,13 @@ def entries_close(ratio: int, width: int, overlap: bool, half: int, eps: float):
             for r in T.serial(rows):
                 if first + r >= P[b]:
                     for ch in T.serial(width):
-                        weight[0] = T.exp(G[b, first + r - P[b], r // ratio * width + ch] - top[ch])
+                        weight[0] = exp(G[b, first + r - P[b], r // ratio * width + ch] - top[ch])
                         total[ch] = total[ch] + weight[0]
                         pooled[ch] = pooled[ch] + weight[0] * KV[b, first + r - P[b], r // ratio * width + ch]
                 else:
                     if first + r >= 0:
                         for ch in T.serial(width):
-                            weight[0] = T.exp(GR[b, (first + r) % rows, r // ratio * width + ch] - top[ch])
+                            weight[0] = exp(GR[b, (first + r) % rows, r // ratio * width + ch] - top[ch])
                             total[ch] = total[ch] + weight[0]
                             pooled[ch] = (
                                 pooled[ch] + weight[0] * KR[b, (first + r) % rows, r // ratio * width + ch]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from .vec import LANES, ramp, sigmoid, splat, zeros
+from .vec import LANES, exp, ramp, sigmoid, splat, zeros
 
 
 def projection_width(rows: int) -> int:
@@ -69,7 +69,7 @@ def hc_mix(n: int, d: int, eps: float, norm_eps: float, iters: int):
                     top[0] = T.max(top[0], mat[i * n + j])
                 total[0] = T.float32(0)
                 for j in T.serial(n):
-                    mat[i * n + j] = T.exp(mat[i * n + j] - top[0])
+                    mat[i * n + j] = exp(mat[i * n + j] - top[0])
                     total[0] = total[0] + mat[i * n + j]
                 for j in T.serial(n):
                     mat[i * n + j] = mat[i * n + j] / total[0] + T.float32(eps)

@@ -27,6 +27,7 @@ class Simd(enum.Enum):
     AVX2 = "avx2"
     AVX512 = "avx512"
     AVX512_BF16 = "avx512_bf16"
+    AMX = "amx"
     NEON = "neon"
 
 
@@ -63,7 +64,9 @@ class Packing:
         block: columns that share a block scale; a multiple of 8.
         rows: whether there are row scales.
         simd: the arch's vector instructions.
-        dot: whether products are of pairs of BF16 numbers, by the instruction for them; X is BF16 then.
+        pieces: 0 where rows of X are float32; else products are of pairs of BF16 numbers, by the instruction
+            for them, and every number of X comes as that many BF16 numbers whose sum it is: 1 where it is one
+            itself, 3 for any.
     """
 
     code: DType
@@ -71,7 +74,7 @@ class Packing:
     block: int = 0
     rows: bool = False
     simd: Simd = Simd.NONE
-    dot: bool = False
+    pieces: int = 0
 
     @property
     def plain(self) -> bool:
@@ -101,7 +104,7 @@ class Packing:
     @property
     def wide(self) -> bool:
         """Whether four vectors of six rows fit the registers."""
-        return self.simd in (Simd.AVX512, Simd.AVX512_BF16)
+        return self.simd in (Simd.AVX512, Simd.AVX512_BF16, Simd.AMX)
 
     @property
     def unit(self) -> float:

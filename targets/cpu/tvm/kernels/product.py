@@ -30,10 +30,11 @@ def panel_width(rows: int) -> int:
 
 
 def panel_product(p: Packing, k: int, width: int):
-    """A function `product(out, X, W, S, R, at, rows, panel)` that a kernel's body may call.
+    """A function `product(out, X, W, S, R, at, rows, panel, apart, following)` for a kernel's body.
 
     out f32 [CHUNK * width] gets the rows x width sums; X, W, S (block scales) and R (row scales) are flat;
-    row r of X starts at at(r); 1 <= rows <= CHUNK; panel is the index of the panel in W.
+    row r of X starts at at(r), further pieces of it lie `apart` from one another; 1 <= rows <= CHUNK; panel is
+    the index of the panel in W, `following` that of the one that the caller needs next.
 
     It emits statements with the IR builder: a helper of its own per statement would cost the script parser
     most of a second per kernel.
@@ -123,7 +124,7 @@ def panel_product(p: Packing, k: int, width: int):
 
         for_each_step(one_step)
 
-    def product(out, X, W, S, R, at, rows, panel):
+    def product(out, X, W, S, R, at, rows, panel, *_):
         with T.If(rows <= few):
             with T.Then(), T.serial(0, rows) as r:
                 direct(out, X, W, S, at(r), panel, r)
@@ -136,6 +137,15 @@ def panel_product(p: Packing, k: int, width: int):
                     store(out, r * vecs + v, load(out, r * vecs + v) * scale)
 
     return product
+
+
+def parts_of(columns: int, size: int, body) -> None:
+    """`body(first, how many)` for columns in parts of `size`; the last may be short."""
+    if columns >= size:
+        with T.serial(0, columns // size) as i:
+            body(i * size, size)
+    if columns % size:
+        body(columns // size * size, columns % size)
 
 
 def sums(vecs: int):

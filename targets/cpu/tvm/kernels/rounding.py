@@ -10,7 +10,20 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from .vec import LANES, load_weight, ramp, shape, sigmoid, splat, weight_dtype, zeros
+from .vec import (
+    LANES,
+    by_vectors,
+    lanes_from,
+    load_weight,
+    of_lanes,
+    ramp,
+    shape,
+    sigmoid,
+    splat,
+    splat_u32,
+    weight_dtype,
+    zeros,
+)
 
 LIMITS = {
     "e4m3": (448.0, 0x3B124925, 1e-4, 3, -6), "e2m1": (6.0, 0x3E2AAAAB, 6 * 2.0**-126, 1, 0),
@@ -20,16 +33,19 @@ LIMITS = {
 
 
 def bf16(x):
-    """A float32 to the nearest BF16, ties to even; NaN stays NaN."""
-    u = T.reinterpret("uint32", x)
-    odd = T.bitwise_and(T.shift_right(u, T.uint32(16)), T.uint32(1))
-    up = T.bitwise_and(u + T.uint32(0x7FFF) + odd, T.uint32(0xFFFF0000))
-    return T.if_then_else(T.isnan(x), x, T.reinterpret("float32", up))
+    """A float32 to the nearest BF16, ties to even; NaN stays NaN. One or any number of lanes."""
+    lanes = x.ty.dtype.lanes
+    u = T.reinterpret(of_lanes("uint32", lanes), x)
+    odd = u >> splat_u32(16, lanes) & splat_u32(1, lanes)
+    up = u + splat_u32(0x7FFF, lanes) + odd & splat_u32(0xFFFF0000, lanes)
+    return T.Select(x != x, x, T.reinterpret(of_lanes("float32", lanes), up))
 
 
 def bf16_bits(x):
     """The bits of the nearest BF16 number as uint16, ties to even; NaN stays NaN."""
-    return T.cast(T.shift_right(T.reinterpret("uint32", bf16(x)), T.uint32(16)), "uint16")
+    lanes = x.ty.dtype.lanes
+    bits = T.reinterpret(of_lanes("uint32", lanes), bf16(x)) >> splat_u32(16, lanes)
+    return T.cast(bits, of_lanes("uint16", lanes))
 
 
 def power_of_two(y):
@@ -89,9 +105,27 @@ def round_bf16(heads: int | None, d: int, channels: int):
     return func
 
 
-def bf16_rows(heads: int | None, d: int):
-    """X [B,S,(heads,)d] f32 -> the bits of the nearest BF16 numbers, for products of pairs."""
-    inner = heads or 1
+def store_pieces(buffer, at, apart, x, pieces: int) -> None:
+    """Write x as the bits of BF16 numbers, each the nearest to what is left, `apart` from one another.
+
+    x is one number or a vector, and `at` the place of the first.
+
+    Three of them give a float32 whole, but for numbers below 2^-110, whose last ones vanish.
+    """
+    for i in range(pieces):
+        T.buffer_store(buffer, bf16_bits(x), [lanes_from(at + i * apart, x.ty.dtype.lanes)])
+        x = x - bf16(x)
+
+
+def bf16_rows(heads: int | None, d: int, pieces: int, length: int):
+    """X [B,S,(heads,)d] f32 -> [pieces,B,S,length], see `store_pieces`, for products of pairs.
+
+    A row of X fills the first numbers of a row; the others are never read.
+    """
+    each = (heads or 1) * d
+
+    def put(i, lanes, Xf, Yf, m, rows):
+        store_pieces(Yf, m * length + i, rows * length, Xf[lanes_from(m * each + i, lanes)], pieces)
 
     @T.prim_func(s_tir=True)
     def func(x: T.handle, y: T.handle):
@@ -99,16 +133,14 @@ def bf16_rows(heads: int | None, d: int):
         B = T.int64()
         S = T.int64()
         X = T.match_buffer(x, shape(B, S, heads, d), "float32")
-        Y = T.match_buffer(y, shape(B, S, heads, d), "uint16")
-        Xf = T.decl_buffer((B * S * inner * d,), "float32", data=X.data)
-        Yf = T.decl_buffer((B * S * inner * d,), "uint16", data=Y.data)
+        Y = T.match_buffer(y, (pieces, B, S, length), "uint16")
+        Xf = T.decl_buffer((B * S * each,), "float32", data=X.data)
+        Yf = T.decl_buffer((pieces * B * S * length,), "uint16", data=Y.data)
         if B * S == 1:  # waking a second thread would cost more
-            for i in T.serial(inner * d):
-                Yf[i] = bf16_bits(Xf[i])
+            by_vectors(each, put, Xf, Yf, T.int64(0), B * S)
         else:
             for m in T.parallel(B * S):
-                for i in T.serial(inner * d):
-                    Yf[m * inner * d + i] = bf16_bits(Xf[m * inner * d + i])
+                by_vectors(each, put, Xf, Yf, m, B * S)
 
     return func
 

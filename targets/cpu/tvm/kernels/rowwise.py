@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from .vec import LANES, ramp, shape, sigmoid, zeros
+from .vec import LANES, exp, ramp, shape, sigmoid, zeros
 
 
 def repeat_streams(n: int, d: int):
@@ -78,7 +78,7 @@ def unary(width: int, name: str, constant: float = 0.0):
         if name == "scale":
             return x * T.float32(constant)
         # log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), which neither overflows nor cancels
-        return T.sqrt(T.max(x, T.float32(0)) + T.log1p(T.exp(T.float32(0) - T.abs(x))))
+        return T.sqrt(T.max(x, T.float32(0)) + T.log1p(exp(T.float32(0) - T.abs(x))))
 
     @T.prim_func(s_tir=True)
     def func(x: T.handle, y: T.handle):

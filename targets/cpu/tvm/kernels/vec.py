@@ -22,6 +22,30 @@ def ramp(start):
     return T.ramp(start, 1, LANES)
 
 
+def lanes_from(start, lanes: int):
+    """The place of `lanes` numbers from `start` on."""
+    return start if lanes == 1 else T.ramp(start, 1, lanes)
+
+
+def of_lanes(dtype: str, lanes: int) -> str:
+    """The type of a vector, or of a number."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def splat_u32(x: int, lanes: int):
+    return T.uint32(x) if lanes == 1 else T.broadcast(T.uint32(x), lanes)
+
+
+def by_vectors(count: int, body, *args) -> None:
+    """`body(i, lanes, *args)` for `count` neighbouring numbers: vectors, then what is left one by one."""
+    if count >= LANES:
+        with T.serial(0, count // LANES) as i:
+            body(i * LANES, LANES, *args)
+    if count % LANES:
+        with T.serial(0, count % LANES) as i:
+            body(count // LANES * LANES + i, 1, *args)
+
+
 def splat(x):
     """One scalar in every lane."""
     return T.broadcast(x, LANES)
@@ -88,7 +112,7 @@ def exp(x):
 
 def sigmoid(x):
     """1 / (1 + exp(-x)); exp overflows to inf where the result is 0, as it should."""
-    return T.float32(1) / (T.float32(1) + T.exp(T.float32(0) - x))
+    return T.float32(1) / (T.float32(1) + exp(T.float32(0) - x))
 
 
 def transposed(rows, lanes: int):

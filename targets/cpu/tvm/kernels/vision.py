@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from .vec import LANES, ramp, splat, zeros
+from .vec import LANES, exp, ramp, splat, zeros
 
 KEYS = 12
 """Keys met at a time: their logits are below the kilobyte up to which buffers live in registers."""
@@ -73,11 +73,11 @@ def full_attention(heads: int, d: int, scale: float):
                 for i in T.unroll(KEYS):
                     if blk * KEYS + i < N:
                         new_top[ramp(0)] = T.max(new_top[ramp(0)], logit[ramp(i * LANES)])
-                top[ramp(0)] = T.exp(top[ramp(0)] - new_top[ramp(0)])
+                top[ramp(0)] = exp(top[ramp(0)] - new_top[ramp(0)])
                 total[ramp(0)] = total[ramp(0)] * top[ramp(0)]
                 for i in T.unroll(KEYS):
                     if blk * KEYS + i < N:
-                        logit[ramp(i * LANES)] = T.exp(logit[ramp(i * LANES)] - new_top[ramp(0)])
+                        logit[ramp(i * LANES)] = exp(logit[ramp(i * LANES)] - new_top[ramp(0)])
                     else:
                         logit[ramp(i * LANES)] = zeros()
                     total[ramp(0)] = total[ramp(0)] + logit[ramp(i * LANES)]

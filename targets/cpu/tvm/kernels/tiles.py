@@ -1,0 +1,281 @@
+"""The inner part of products of BF16 numbers on machines with tile registers (Intel AMX).
+
+A tile of X is 16 rows of 32 columns, a tile of a panel 16 words, each a pair of columns, of 16 rows: as
+`lane_words` stores them. TDPBF16PS sums the even and the odd columns of a tile in two FP32 chains that begin at
+zero, adds them, and adds that to the sum so far, rounding to nearest even and with subnormal numbers as zero
+(Intel SDM; that it is these two chains was measured). So the order of summation is columns in tiles, ascending,
+and does not depend on how many rows there are. Where a scale cannot be multiplied into BF16 numbers exactly, the
+tiles of its block have a sum of their own that is scaled and added.
+
+Rows of any float32 come in three pieces, float32 weights are cut into three here; products that are below the
+last place of float32 are left out, three of nine. A product of pieces is exact, so sums are as good as those of
+float32 products.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, valid-type, misc"
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from dsv4c.ir.dtypes import DType
+
+from .amx import COLUMNS, HIGH, LINE, Block, library
+from .packing import WORD, Packing, Simd
+from .pairs import fold, folds, in_three, pair
+from .product import load, parts_of, store
+from .vec import LANES, ramp, zeros
+
+CHUNK = 256
+"""Rows that share one decoding of a panel."""
+STRIP = 256
+"""Most columns of a panel that are decoded at a time: 32 KiB for 64 rows; a third as many where they are cut."""
+AHEAD = 3
+"""Steps that the only tile of rows is ahead of itself in requesting memory; more tiles request the next panel."""
+IN_PLACE = 512
+"""Most columns of a panel that all rows are multiplied by before the next: 32 KiB for 32 rows of it."""
+
+
+def by_tiles(p: Packing) -> bool:
+    """Whether products are by tiles: blocks that share a scale are whole ones, or scales go into the numbers."""
+    if p.simd is not Simd.AMX or not p.pieces:
+        return False
+    return p.scale is None or folds(p) or p.block % COLUMNS == 0
+
+
+def row_length(p: Packing, k: int) -> int:
+    """Numbers from one row of X to the next.
+
+    Behind rows that are read as tiles lies a line of nothing: rows that are powers of two apart would all fall
+    into a few sets of the first-level cache.
+    """
+    return k + COLUMNS if by_tiles(p) else k
+
+
+def tile_product(p: Packing, k: int, width: int):
+    """A function like `product.panel_product`'s; X is uint32, a pair of columns to a word, and so is at(r).
+
+    k is even, at(r) linear in r, 1 <= rows <= CHUNK, and out has room for CHUNK rows.
+    """
+    return _TileProduct(p, k, width)
+
+
+class _TileProduct:
+    """The product for one packing, number of columns and width of panels; called in a kernel's body.
+
+    Attributes:
+        in_place: tiles are loaded from the stored panel; otherwise from a scratch that it is decoded into.
+        folded: one sum for all columns; otherwise one for each block of columns that share scales.
+    """
+
+    def __init__(self, p: Packing, k: int, width: int) -> None:
+        self.p, self.k, self.width, self.vecs = p, k, width, width // LANES
+        self.tail = k % COLUMNS
+        self.in_place = p.code is DType.BF16 and not self.tail
+        self.folded = p.scale is None or folds(p)
+        self.shared = p.block if p.scale else k  # columns that share scales
+        self.planes = 3 if p.code is DType.F32 else 1
+        self.row = T.int64(width * 4)  # bytes
+        strip = STRIP if self.planes == 1 else STRIP // 4
+        self.padded = (k + COLUMNS - 1) // COLUMNS * COLUMNS  # columns up to the end of the last tile
+        self.strip = min(IN_PLACE if self.in_place else strip, self.padded)
+        self.single, self.double = Block(1, self.vecs, p.pieces, self.planes), Block(2, 2)
+        self.in_twos = p.pieces == 1 and self.vecs % 2 == 0
+        self.blocks = frozenset({self.single, self.double} if self.in_twos else {self.single})
+
+    def __call__(self, out, X, W, S, R, at, rows, panel, apart, following) -> None:
+        with T.attr(T.int32(0), "pragma_import_llvm", library(self.blocks)):
+            start, stride = T.bind(at(0)), T.bind(at(1) - at(0))
+            high = T.bind(T.min(rows, HIGH))
+            tiles = T.bind((rows + (HIGH - 1)) // HIGH)
+            call(f"config_{self.p.pieces}", T.cast(high, "int32"))
+            if self.tail:
+                X, start, stride, apart = self.ends_padded(X, start, stride, apart, rows)
+            scratch = W
+            if not self.in_place:
+                scratch = T.alloc_buffer((self.planes * self.strip // 2 * self.width,), "uint32")
+            if not self.folded:
+                with T.serial(0, tiles * (HIGH * self.vecs)) as i:
+                    store(out, i, zeros())
+
+            def x_of(tile, column):
+                """The last tile overlaps the one before it."""
+                return T.address_of(X[start + T.min(tile * HIGH, rows - high) * stride + column // 2])
+
+            def one_strip(first, columns):
+                if not self.in_place:
+                    self.ask_for_next(W, panel, following, first, columns)
+                    self.decode(scratch, W, S, panel, first, columns)
+                given = (out, scratch, panel, x_of, stride * 4, apart * 4, tiles, first, columns)
+                if self.folded:
+                    self.plain_strip(*given, rows - high, following)
+                else:
+                    self.scaled_strip(*given, S, high)
+
+            parts_of(self.k, self.strip, one_strip)
+            call("release")
+            self.finish(out, R, rows, high, panel)
+
+    def plain_strip(
+        self, out, scratch, panel, x_of, stride, apart, tiles, first, columns, last, following
+    ) -> None:
+        """Add the products of some columns to all sums."""
+        more = T.cast(first > 0, "int32") if not isinstance(first, int) else T.int32(first > 0)
+        steps, step_lines = -(-columns // COLUMNS), HIGH * self.width // 16
+        passes = T.bind(tiles // 2 * (self.vecs // 2) + tiles % 2 if self.in_twos else tiles)
+        # the next panel's columns, spread over all steps; a single pass is ahead of itself instead
+        lines = T.bind(T.min((steps * step_lines + passes * steps - 1) // (passes * steps), step_lines))
+
+        def soon(number):
+            """What the steps of a pass request: (from, lines, turn, jump)."""
+            if not self.in_place:
+                return T.address_of(scratch[0]), T.int64(0), T.int64(0), T.int64(0)
+            own = self.place(panel, 0, first + AHEAD * COLUMNS)
+            ahead = self.place(following, 0, first) + number * steps * lines * (LINE // 2)
+            jump = (self.place(following, 0, 0) - self.place(panel + 1, 0, 0)) * 2
+            turn = T.if_then_else(first + columns >= self.k, T.int64(AHEAD), T.int64(0))
+            alone = passes == 1
+            start = T.address_of(scratch[T.if_then_else(alone, own, ahead)])
+            return start, lines, T.if_then_else(alone, turn, T.int64(0)), jump
+
+        def sums(block, tile, v, distance, number):
+            self.sums(
+                block, out, tile * HIGH * self.width + v * LANES, x_of(tile, first), distance, stride,
+                self.panel_of(scratch, panel, v, first if self.in_place else 0), steps, more, soon(number),
+            )  # fmt: skip
+
+        if not self.in_twos:
+            with T.serial(0, tiles) as tile:
+                sums(self.single, tile, 0, apart, tile)
+            return
+        with T.serial(0, tiles // 2) as two:
+            distance = T.bind((T.min((two * 2 + 1) * HIGH, last) - two * 2 * HIGH) * stride)
+            for v in range(0, self.vecs, 2):
+                sums(self.double, two * 2, v, distance, two * (self.vecs // 2) + v // 2)
+        with T.If(tiles % 2 == 1), T.Then():
+            sums(self.single, tiles - 1, 0, apart, passes - 1)
+
+    def ask_for_next(self, W, panel, following, first, columns) -> None:
+        """Request the stored columns behind these ones; behind the last, the first ones of the next panel."""
+        per = self.p.per_word
+        strip = self.strip // per * self.width * WORD
+        words, here = self.p.words(self.k), panel * self.p.words(self.k) + first // per
+        if self.k <= self.strip:
+            there = following * words
+        else:
+            ends = first + columns >= self.k
+            there = T.if_then_else(ends, following * words, here + self.strip // per)
+        size = 4 if self.p.code is DType.F32 else 2 if self.p.code is DType.BF16 else 1
+        call("ask", T.address_of(W[there * (self.width * WORD // size)]), T.int64(strip))
+
+    def scaled_strip(
+        self, out, scratch, panel, x_of, stride, apart, tiles, first, columns, S, high
+    ) -> None:
+        """Add the products of some columns, block by block and scaled, to all sums."""
+        part = T.alloc_buffer((HIGH * self.width,), "float32")
+
+        def one_block(tile, at, n):
+            self.sums(
+                self.single, part, 0, x_of(tile, first + at), apart, stride,
+                self.panel_of(scratch, panel, 0, at), -(-n // COLUMNS), T.int32(0),
+                (T.address_of(scratch[0]), T.int64(0), T.int64(0), T.int64(0)),
+            )  # fmt: skip
+            places = [self.scale_at(panel, first + at, v) for v in range(self.vecs)]
+            scales = [T.bind(self.p.block_scale(S, place)) for place in places]
+            with T.serial(0, high) as r:
+                for v, scale in enumerate(scales):
+                    place = (tile * HIGH + r) * self.vecs + v
+                    store(out, place, load(out, place) + load(part, r * self.vecs + v) * scale)
+
+        with T.serial(0, tiles) as i:
+            parts_of(columns, self.shared, lambda at, n: one_block(i, at, n))
+
+    def sums(self, block, out, place, x, apart, stride, panel, steps, more, soon) -> None:
+        """A block of sums at out[place]; x and panel are pointers, apart and stride bytes."""
+        c = T.address_of(out[place])
+        plane = T.int64(self.strip // 2 * self.width * 4)
+        call(f"begin_{block.name}", c, self.row, more)
+        call(f"steps_{block.name}", x, apart, stride, panel, plane, self.row, T.int64(steps), *soon)
+        call(f"end_{block.name}", c, self.row)
+
+    def panel_of(self, scratch, panel, v, column):
+        """Where vector v of a column stands: in the stored panel, or in the scratch."""
+        if self.in_place:
+            return T.address_of(scratch[self.place(panel, v, column)])
+        return T.address_of(scratch[column // 2 * self.width + v * LANES])
+
+    def place(self, panel, v, column):
+        """Of a vector in the stored panels, in BF16 numbers."""
+        return ((panel * (self.k // 2) + column // 2) * self.width + v * LANES) * 2
+
+    def scale_at(self, panel, column, v):
+        return (panel * self.p.blocks(self.k) + column // self.shared) * self.width + v * LANES
+
+    # ------------------------------------------------------------------------------- before and after
+
+    def ends_padded(self, X, start, stride, apart, rows):
+        """A copy of rows of X whose last tile is filled with zeros, and where its rows and pieces lie."""
+        words, per = self.padded // 2, self.k // 2
+        copy = T.alloc_buffer((self.p.pieces * CHUNK * words,), "uint32")
+        with T.serial(0, self.p.pieces) as i, T.serial(0, rows) as r, T.serial(0, words) as c:
+            value = X[start + i * apart + r * stride + T.min(c, per - 1)]
+            value = T.if_then_else(c < per, value, T.uint32(0))
+            T.buffer_store(copy, value, [(i * CHUNK + r) * words + c])
+        return copy, T.int64(0), T.int64(words), T.int64(CHUNK * words)
+
+    def decode(self, scratch, W, S, panel, first, columns) -> None:
+        """Columns from `first` on as pairs, and zeros up to the end of the last tile."""
+        parts_of(
+            columns, min(self.shared, columns),
+            lambda at, n: self.decode_block(scratch, W, S, panel, first + at, n, at // 2),
+        )  # fmt: skip
+        nothing = T.broadcast(T.uint32(0), LANES)
+        plane = self.strip // 2 * self.width
+        for i in range(self.planes):
+            with T.serial(0, -columns % COLUMNS // 2 * self.vecs) as j:
+                T.buffer_store(scratch, nothing, [ramp(i * plane + columns // 2 * self.width + j * LANES)])
+
+    def decode_block(self, scratch, W, S, panel, first, columns, at) -> None:
+        """Pairs of columns that share their scales, to rows of `scratch` from `at` on."""
+        p, vecs, width = self.p, self.vecs, self.width
+        words, group = p.words(self.k), max(p.per_word, 2)
+        scales = [None] * vecs
+        if folds(p):
+            scales = [T.bind(fold(p, S, self.scale_at(panel, first, v))) for v in range(vecs)]
+
+        def put(row, v, value, plane=0):
+            place = plane * (self.strip // 2 * width) + (at + row) * width + v * LANES
+            T.buffer_store(scratch, value, [ramp(place)])
+
+        def of_word(word, pairs):
+            for v in range(vecs):
+                if p.code is DType.F32:
+                    both = [p.load(W, panel * words + first + word * 2 + i, v, width) for i in range(2)]
+                    for plane, value in enumerate(in_three(*both)):
+                        put(word, v, value, plane)
+                    continue
+                lanes = T.bind(p.load(W, panel * words + first // group + word, v, width))
+                for i in range(pairs):
+                    put(word * (group // 2) + i, v, pair(p, lanes, i, scales[v]))
+
+        if columns >= group:
+            with T.serial(0, columns // group) as word:
+                of_word(word, group // 2)
+        if columns % group:
+            of_word(columns // group, columns % group // 2)
+
+    def finish(self, out, R, rows, high, panel) -> None:
+        """Close the gap before the rows of the last tile, and apply the row scales."""
+        vecs, last = self.vecs, T.bind((rows - 1) // HIGH * HIGH)
+        gap = T.bind(last - (rows - high))
+        with T.If(gap > 0), T.Then(), T.serial(0, (rows - last) * vecs) as i:
+            store(out, last * vecs + i, load(out, (last + gap) * vecs + i))
+        if self.p.rows:
+            scales = [T.bind(R[ramp(panel * self.width + v * LANES)]) for v in range(vecs)]
+            with T.serial(0, rows) as r:
+                for v, scale in enumerate(scales):
+                    store(out, r * vecs + v, load(out, r * vecs + v) * scale)
+
+
+def call(name: str, *args) -> None:
+    """A function of `amx.library`."""
+    T.evaluate(T.call_extern("int32", f"dsv4c_amx_{name}", *args))
