@@ -8,10 +8,11 @@ PIP    := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(
 READY  := $(VENV)/.dsv4c-dev
 ORACLE := $(VENV)/.dsv4c-oracle
 ASCEND := build/ascend-env/.dsv4c-ready
+RIVALS := build/rivals-env/.dsv4c-ready
 DEMO   := build/kjv.dsv4
 V41    := build/v41
 
-.PHONY: setup demo v41 test test-targets lint oracle bench clean
+.PHONY: setup demo v41 test test-targets lint oracle rivals bench clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -64,7 +65,15 @@ test-targets: oracle
 	  tests/test_placement.py tests/test_ascend_toolchain.py tests/test_oracle_ascend_kernels.py \
 	  tests/test_oracle_flash_shape.py
 
-bench: $(READY)
+# Programs that the benchmark compares with; llama.cpp is built here, which takes minutes and a C++ compiler.
+$(RIVALS): benchmarks/rivals-requirements.txt
+	$(PYTHON) -m venv $(dir $(RIVALS))
+	$(dir $(RIVALS))bin/python -m pip install -q -c constraints.txt -r benchmarks/rivals-requirements.txt
+	@touch $@
+
+rivals: $(RIVALS)
+
+bench: $(ORACLE) $(RIVALS)
 	$(BIN)/python benchmarks/run.py
 
 clean:

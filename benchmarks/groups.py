@@ -34,13 +34,9 @@ PAIRS = (
     ("f32", "exact"),
     ("bf16", "exact"),
     ("bf16", "bf16"),
-    ("int8", "exact"),
     ("int8", "bf16"),
-    ("fp8", "exact"),
-    ("fp8", "bf16"),
     ("published", "exact"),
     ("published", "bf16"),
-    ("int4", "exact"),
     ("int4", "bf16"),
 )
 """(storage, numerics) of the artifacts; those whose numerics the target does not offer are left out."""

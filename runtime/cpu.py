@@ -10,7 +10,7 @@ from pathlib import Path
 _ARCH_PRCTL = 158
 _REQUEST_PERMISSION = 0x1023
 _TILE_DATA = 18
-"""x86-64 Linux: a system call, its request for a part of the register state, and the part of tile registers."""
+"""x86-64 Linux: a system call, its request for a part of the register state, the part of tile registers."""
 
 
 @cache

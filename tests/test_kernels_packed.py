@@ -171,7 +171,20 @@ def test_a_bf16_row_does_not_depend_on_its_neighbours(name: str) -> None:
     cuts = (0, 1, 3, 8, 13, 113)  # one row, two, five, and a last tile of one, two or more
     pieces = [case.run({k: v[:, a:b] for k, v in x.items()}) for a, b in itertools.pairwise(cuts)]
     for key, y in whole.items():
-        np.testing.assert_array_equal(np.concatenate([p[key] for p in pieces], axis=1), y, err_msg=key)
+        joined = np.concatenate([p[key] for p in pieces], axis=1)
+        np.testing.assert_array_equal(_without_vanishing(joined), _without_vanishing(y), err_msg=key)
+
+
+def _without_vanishing(y: Arr) -> Arr:
+    """Zeros for what is near the subnormal numbers, which tile registers take for zero in every addition."""
+    return np.where(np.abs(y) < 2.0**-100, 0, y)
+
+
+@pytest.mark.parametrize("name", ["bf16", "mxfp4", "int4"])
+@pytest.mark.parametrize("arch", ["x86-64-v4-amx", "x86-64-v4-bf16"])
+def test_every_machine_compiles_for_others(name: str, arch: str) -> None:
+    """Code for instructions that this machine may lack."""
+    assert linears(name, f"cpu:{arch}", rounded=True).stored()
 
 
 @pytest.mark.parametrize(

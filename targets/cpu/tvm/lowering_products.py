@@ -60,11 +60,9 @@ def pieces_for(c: Context, op: Op) -> int:
     else:
         *_, w13, w2 = op.operands
         one, widths, matrices = op.attrs.get("rounding") == "bf16_rows", ints(w2)[1:], [w13, w2]
-    if any(n % 2 for n in widths):
+    if any(n % 2 for n in widths) or not all(map(_narrow, matrices)):
         return 0
-    if one and all(map(_narrow, matrices)):
-        return 1
-    return 3 if c.simd is Simd.AMX else 0
+    return 1 if one else 3 if c.simd is Simd.AMX else 0
 
 
 _PRODUCTS = frozenset({"linear", "grouped_linear", "expert_mlp", "expert_statistics"})
@@ -85,7 +83,7 @@ def round_values(c: Context, op: Op) -> None:
 
 
 def _rows(c: Context, x: Value, packing: Packing) -> Any:
-    """Rows as a product takes them: the value, or its pieces; from in front of a rounding that is the piece."""
+    """Rows as a product takes them: the value, or its pieces; of a BF16 rounding, what stands before it."""
     if not packing.pieces:
         return c.values[x]
     heads, d = rows_of(x)

@@ -1,8 +1,8 @@
 """Functions of tile registers as LLVM IR: TVM has no statements for them. What a kernel imports is inlined.
 
-Registers 0 to 3 are sums of m x n tiles, row by row; from 4 on tiles of rows of X, one for each of m or for each
-piece of theirs; 7, or 6 and 7 in turn, tiles of a panel. `config` comes first, `release` last; in between
-`begin`, `steps` and `end` of one `Block`.
+Registers 0 to 3 are sums of m x n tiles, row by row; from 4 on tiles of rows of X, one for each of m or for
+each piece of theirs; 7, or 6 and 7 in turn, tiles of a panel. `config` comes first, `release` last; in
+between `begin`, `steps` and `end` of one `Block`.
 """
 
 from __future__ import annotations
@@ -66,17 +66,15 @@ class Block:
 
     Attributes:
         pieces: of X; with more than one m is 1.
-        planes: pieces of the panel's numbers. Products of pieces i and j count where i + j < the larger of both.
     """
 
     m: int
     n: int
     pieces: int = 1
-    planes: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.m}x{self.n}_{self.pieces}p{self.planes}"
+        return f"{self.m}x{self.n}_{self.pieces}"
 
 
     @property
@@ -125,21 +123,14 @@ def _loads_of_rows(block: Block) -> list[str]:
 
 def _products(block: Block) -> list[str]:
     """Every tile of the panel by those of X that it meets."""
-    lines, tiles = ["  %w0 = getelementptr i8, ptr %w, i64 0"], _panel_tiles(block.pieces)
-    most = max(block.pieces, block.planes)
-    for q in range(block.planes):
-        if q:
-            lines.append(f"  %w{q} = getelementptr i8, ptr %w{q - 1}, i64 %plane")
-        for j in range(block.n):
-            tile = tiles[j % len(tiles)]
-            lines.append(f"  %w{q}_{j} = getelementptr i8, ptr %w{q}, i64 {_ROW * j}")
-            lines.append(f"  call void @llvm.x86.tileloadd64(i8 {tile}, ptr %w{q}_{j}, i64 %ws)")
-            pairs = [(i * block.n + j, i) for i in range(block.m)]
-            if block.pieces > 1:
-                pairs = [(j, i) for i in range(block.pieces) if i + q < most]
-            lines += [
-                f"  call void @llvm.x86.tdpbf16ps(i8 {to}, i8 {_ROWS + i}, i8 {tile})" for to, i in pairs
-            ]
+    lines, tiles = [], _panel_tiles(block.pieces)
+    for j in range(block.n):
+        tile = tiles[j % len(tiles)]
+        lines.append(f"  %w_{j} = getelementptr i8, ptr %w, i64 {_ROW * j}")
+        lines.append(f"  call void @llvm.x86.tileloadd64(i8 {tile}, ptr %w_{j}, i64 %ws)")
+        for i in range(block.tiles):
+            to = j if block.pieces > 1 else i * block.n + j
+            lines.append(f"  call void @llvm.x86.tdpbf16ps(i8 {to}, i8 {_ROWS + i}, i8 {tile})")
     return lines
 
 
@@ -167,7 +158,7 @@ define i32 @dsv4c_amx_end_{block.name}(ptr %c, i64 %cs) {{
 }}
 
 define i32 @dsv4c_amx_steps_{block.name}(
-  ptr %x_first, i64 %apart, i64 %xs, ptr %w_first, i64 %plane, i64 %ws, i64 %steps,
+  ptr %x_first, i64 %apart, i64 %xs, ptr %w_first, i64 %ws, i64 %steps,
   ptr %soon, i64 %lines, i64 %turn, i64 %jump
 ) {{
   %on = shl i64 %ws, 4
@@ -208,11 +199,11 @@ done:
 def library(blocks: frozenset[Block]) -> str:
     """What products by these blocks, all of equal `pieces`, call. Addresses and strides are in bytes.
 
-    config_N(rows) for N pieces; release(); ask(address, bytes): request memory that is read soon.
-    begin(sums, stride, more): zeros, or the sums so far where `more`. end(sums, stride): write them.
-    steps(x, apart, x stride, panel, plane, panel stride, steps, soon, lines, turn, jump): add the products of
-    `steps` >= 1 tiles; tiles of X lie `apart` from one another, planes of the panel `plane`. Each step requests
-    `lines` lines of memory, one after the other from `soon` on, with a jump when `turn` steps are left.
+    config_N(rows) for N pieces; release(); ask(address, bytes): request memory that is read soon. begin(sums,
+    stride, more): zeros, or the sums so far where `more`. end(sums, stride): write them. steps(x, apart, x
+    stride, panel, panel stride, steps, soon, lines, turn, jump): add the products of `steps` >= 1 tiles;
+    tiles of X lie `apart` from one another. Each step requests `lines` lines of memory, one after the other
+    from `soon` on, with a jump when `turn` steps are left.
     """
     (pieces,) = {block.pieces for block in blocks}
     return _config(pieces) + "".join(_functions(block) for block in sorted(blocks, key=lambda b: b.name))

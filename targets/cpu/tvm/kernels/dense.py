@@ -91,10 +91,10 @@ def grouped_linear(heads: tuple[int, int] | None, groups: int, k: int, n: int, p
                     T.min(T.cast(gp, "int64") + 1, groups * panels - 1),
                 )  # fmt: skip
                 for i in T.serial(rows):
-                    y: T.let[T.int64] = (
+                    y_at: T.let[T.int64] = (
                         ((chunk * most + i) * groups + gp // panels) * n + gp % panels * width
                     )
-                    _columns(n, width, gp % panels, _move, Yf, y, out, i * width)
+                    _columns(n, width, gp % panels, _move, Yf, y_at, out, i * width)
 
     return func
 

@@ -25,7 +25,7 @@ STRIP = 128
 FEW = 2
 """Rows that are not worth a scratch, and of a last tile that are not worth a whole one."""
 
-_DOT = """
+DOT = """
 define <16 x float> @dsv4c_dot(<16 x float> %sum, <16 x i32> %a, <16 x i32> %b) {
   %x = bitcast <16 x i32> %a to <32 x bfloat>
   %y = bitcast <16 x i32> %b to <32 x bfloat>
@@ -36,6 +36,11 @@ define <16 x float> @dsv4c_dot(<16 x float> %sum, <16 x i32> %a, <16 x i32> %b) 
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 """
 """TVM's own vectors of BF16 do not reach an intrinsic (0.27); what a kernel imports is inlined."""
+
+
+def dot(total, weights, x):
+    """16 sums plus the products of 16 words of pairs by one; where `DOT` is imported."""
+    return T.call_extern("float32x16", "dsv4c_dot", total, weights, splat(x))
 
 
 def dot_product(p: Packing, k: int, width: int):
@@ -49,9 +54,6 @@ def dot_product(p: Packing, k: int, width: int):
     block = p.block if p.scale else k  # columns that share scales
     in_place = p.code is DType.BF16
     strip = k if in_place else STRIP if folded and block < STRIP else min(block, STRIP)
-
-    def dot(total, weights, x):
-        return T.call_extern("float32x16", "dsv4c_dot", total, weights, splat(x))
 
     def scale_at(panel, column, v):
         return (panel * blocks + column // block) * width + v * LANES
@@ -144,7 +146,7 @@ def dot_product(p: Packing, k: int, width: int):
         parts_of(k, strip, one_strip)
 
     def product(out, X, W, S, R, at, rows, panel, *_):
-        with T.attr(T.int32(0), "pragma_import_llvm", _DOT):
+        with T.attr(T.int32(0), "pragma_import_llvm", DOT):
             with T.If(rows <= FEW):
                 with T.Then(), T.serial(0, rows) as r:
                     direct(out, X, W, S, at, panel, r)

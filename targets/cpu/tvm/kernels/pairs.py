@@ -58,18 +58,6 @@ def pair(p: Packing, word, i: int, scale):
     return T.bitwise_or(T.shift_right(low, _all(16)), T.bitwise_and(high, _all(0xFFFF0000)))
 
 
-def in_three(even, odd):
-    """Two columns of float32 as three words of pairs, whose sum they are: the leading eight bits each time."""
-    found = []
-    for _ in range(3):
-        bits = [T.bitwise_and(T.reinterpret("uint32x16", x), _all(0xFFFF0000)) for x in (even, odd)]
-        found.append(T.bind(T.bitwise_or(T.shift_right(bits[0], _all(16)), bits[1])))
-        even, odd = (
-            T.bind(x - T.reinterpret("float32x16", b)) for x, b in zip((even, odd), bits, strict=True)
-        )
-    return found
-
-
 def _by_exponent(p: Packing) -> bool:
     return p.scale is DType.F8E8M0 and (p.code in _E4M3 or p.code is DType.F4E2M1X2)
 

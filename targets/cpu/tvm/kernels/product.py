@@ -33,8 +33,8 @@ def panel_product(p: Packing, k: int, width: int):
     """A function `product(out, X, W, S, R, at, rows, panel, apart, following)` for a kernel's body.
 
     out f32 [CHUNK * width] gets the rows x width sums; X, W, S (block scales) and R (row scales) are flat;
-    row r of X starts at at(r), further pieces of it lie `apart` from one another; 1 <= rows <= CHUNK; panel is
-    the index of the panel in W, `following` that of the one that the caller needs next.
+    row r of X starts at at(r), further pieces of it lie `apart` from one another; 1 <= rows <= CHUNK; panel
+    is the index of the panel in W, `following` that of the one that the caller needs next.
 
     It emits statements with the IR builder: a helper of its own per statement would cost the script parser
     most of a second per kernel.

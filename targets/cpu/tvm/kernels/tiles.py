@@ -1,15 +1,18 @@
 """The inner part of products of BF16 numbers on machines with tile registers (Intel AMX).
 
 A tile of X is 16 rows of 32 columns, a tile of a panel 16 words, each a pair of columns, of 16 rows: as
-`lane_words` stores them. TDPBF16PS sums the even and the odd columns of a tile in two FP32 chains that begin at
-zero, adds them, and adds that to the sum so far, rounding to nearest even and with subnormal numbers as zero
-(Intel SDM; that it is these two chains was measured). So the order of summation is columns in tiles, ascending,
-and does not depend on how many rows there are. Where a scale cannot be multiplied into BF16 numbers exactly, the
-tiles of its block have a sum of their own that is scaled and added.
+`lane_words` stores them. TDPBF16PS sums the even and the odd columns of a tile in two FP32 chains that begin
+at zero, adds them, and adds that to the sum so far, rounding to nearest even and with subnormal numbers as
+zero (Intel SDM; that it is these two chains was measured). So the order of summation is columns in tiles,
+ascending, and does not depend on how many rows there are. Where a scale cannot be multiplied into BF16
+numbers exactly, the tiles of its block have a sum of their own that is scaled and added.
 
-Rows of any float32 come in three pieces, float32 weights are cut into three here; products that are below the
-last place of float32 are left out, three of nine. A product of pieces is exact, so sums are as good as those of
+Rows of any float32 come in three pieces. A product of pieces is exact, so sums are as good as those of
 float32 products.
+
+A few rows of one piece would leave tiles all but empty: they decode straight into VDPBF16PS, once with the
+even and once with the odd columns of X, zeros in place of the others, which gives the two chains and the same
+bits.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, valid-type, misc"
@@ -20,24 +23,25 @@ from tvm.script import tirx as T
 from dsv4c.ir.dtypes import DType
 
 from .amx import COLUMNS, HIGH, LINE, Block, library
+from .dot import DOT, FEW, dot
 from .packing import WORD, Packing, Simd
-from .pairs import fold, folds, in_three, pair
-from .product import load, parts_of, store
+from .pairs import fold, folds, pair
+from .product import load, parts_of, store, sums
 from .vec import LANES, ramp, zeros
 
 CHUNK = 256
 """Rows that share one decoding of a panel."""
 STRIP = 256
-"""Most columns of a panel that are decoded at a time: 32 KiB for 64 rows; a third as many where they are cut."""
+"""Most columns of a panel that are decoded at a time: 32 KiB for 64 rows."""
 AHEAD = 3
-"""Steps that the only tile of rows is ahead of itself in requesting memory; more tiles request the next panel."""
+"""Steps that a lone tile of rows is ahead of itself in requesting memory; several request the next panel."""
 IN_PLACE = 512
 """Most columns of a panel that all rows are multiplied by before the next: 32 KiB for 32 rows of it."""
 
 
 def by_tiles(p: Packing) -> bool:
-    """Whether products are by tiles: blocks that share a scale are whole ones, or scales go into the numbers."""
-    if p.simd is not Simd.AMX or not p.pieces:
+    """Whether products are by tiles: blocks of a scale are whole ones, or scales go into the numbers."""
+    if p.simd is not Simd.AMX or not p.pieces or p.code is DType.F32:
         return False
     return p.scale is None or folds(p) or p.block % COLUMNS == 0
 
@@ -45,8 +49,8 @@ def by_tiles(p: Packing) -> bool:
 def row_length(p: Packing, k: int) -> int:
     """Numbers from one row of X to the next.
 
-    Behind rows that are read as tiles lies a line of nothing: rows that are powers of two apart would all fall
-    into a few sets of the first-level cache.
+    Behind rows that are read as tiles lies a line of nothing: rows that are powers of two apart would all
+    fall into a few sets of the first-level cache.
     """
     return k + COLUMNS if by_tiles(p) else k
 
@@ -73,18 +77,69 @@ class _TileProduct:
         self.in_place = p.code is DType.BF16 and not self.tail
         self.folded = p.scale is None or folds(p)
         self.shared = p.block if p.scale else k  # columns that share scales
-        self.planes = 3 if p.code is DType.F32 else 1
         self.row = T.int64(width * 4)  # bytes
-        strip = STRIP if self.planes == 1 else STRIP // 4
         self.padded = (k + COLUMNS - 1) // COLUMNS * COLUMNS  # columns up to the end of the last tile
-        self.strip = min(IN_PLACE if self.in_place else strip, self.padded)
-        self.single, self.double = Block(1, self.vecs, p.pieces, self.planes), Block(2, 2)
+        self.strip = min(IN_PLACE if self.in_place else STRIP, self.padded)
+        self.single, self.double = Block(1, self.vecs, p.pieces), Block(2, 2)
         self.in_twos = p.pieces == 1 and self.vecs % 2 == 0
         self.blocks = frozenset({self.single, self.double} if self.in_twos else {self.single})
 
     def __call__(self, out, X, W, S, R, at, rows, panel, apart, following) -> None:
+        start, stride = T.bind(at(0)), T.bind(at(1) - at(0))
+        if self.p.pieces > 1:
+            self.by_tiles(out, X, W, S, start, stride, rows, panel, apart, following)
+        else:
+            with T.If(rows <= FEW):
+                with T.Then():
+                    self.ask_for_next(W, panel, following, self.k - 1, 1)
+                    with T.serial(0, rows) as r:
+                        self.direct(out, X, W, S, start + r * stride, panel, r)
+                with T.Else():
+                    self.by_tiles(out, X, W, S, start, stride, rows, panel, apart, following)
+        if self.p.rows:
+            scales = [T.bind(R[ramp(panel * self.width + v * LANES)]) for v in range(self.vecs)]
+            with T.serial(0, rows) as r:
+                for v, scale in enumerate(scales):
+                    store(out, r * self.vecs + v, load(out, r * self.vecs + v) * scale)
+
+    def direct(self, out, X, W, S, start, panel, row) -> None:
+        """One row of one piece, by the order of tiles."""
+        p, vecs, words = self.p, self.vecs, self.k // 2
+        halves = T.alloc_buffer((2 * words,), "uint32")  # the even columns of X, and the odd ones
+        with T.serial(0, words) as i:
+            T.buffer_store(halves, X[start + i] & T.uint32(0xFFFF), [i])
+            T.buffer_store(halves, X[start + i] & T.uint32(0xFFFF0000), [words + i])
+        total = sums(vecs)
+
+        def one_tile(part, first, columns):
+            chains = [sums(vecs) for _ in range(2)]
+
+            def add(word, v, weights):
+                for i, chain in enumerate(chains):
+                    x = halves[i * words + first // 2 + word]
+                    store(chain, v, dot(load(chain, v), weights, x))
+
+            parts_of(
+                columns, min(self.shared, columns),
+                lambda at, n: self.for_each_pair(W, S, panel, first + at, n, at // 2, add),
+            )  # fmt: skip
+            for v in range(vecs):
+                store(part, v, load(part, v) + (load(chains[0], v) + load(chains[1], v)))
+
+        def one_block(first, columns):
+            part = total if self.folded else sums(vecs)
+            parts_of(columns, COLUMNS, lambda at, n: one_tile(part, first + at, n))
+            for v in range(vecs if not self.folded else 0):
+                scale = p.block_scale(S, self.scale_at(panel, first, v))
+                store(total, v, load(total, v) + load(part, v) * scale)
+
+        with T.attr(T.int32(0), "pragma_import_llvm", DOT):
+            parts_of(self.k, self.k if self.folded else self.shared, one_block)
+        for v in range(vecs):
+            store(out, row * vecs + v, load(total, v))
+
+    def by_tiles(self, out, X, W, S, start, stride, rows, panel, apart, following) -> None:
         with T.attr(T.int32(0), "pragma_import_llvm", library(self.blocks)):
-            start, stride = T.bind(at(0)), T.bind(at(1) - at(0))
             high = T.bind(T.min(rows, HIGH))
             tiles = T.bind((rows + (HIGH - 1)) // HIGH)
             call(f"config_{self.p.pieces}", T.cast(high, "int32"))
@@ -92,7 +147,7 @@ class _TileProduct:
                 X, start, stride, apart = self.ends_padded(X, start, stride, apart, rows)
             scratch = W
             if not self.in_place:
-                scratch = T.alloc_buffer((self.planes * self.strip // 2 * self.width,), "uint32")
+                scratch = T.alloc_buffer((self.strip // 2 * self.width,), "uint32")
             if not self.folded:
                 with T.serial(0, tiles * (HIGH * self.vecs)) as i:
                     store(out, i, zeros())
@@ -113,7 +168,10 @@ class _TileProduct:
 
             parts_of(self.k, self.strip, one_strip)
             call("release")
-            self.finish(out, R, rows, high, panel)
+            last = T.bind((rows - 1) // HIGH * HIGH)  # the last tile begins before it: close the gap
+            gap = T.bind(last - (rows - high))
+            with T.If(gap > 0), T.Then(), T.serial(0, (rows - last) * self.vecs) as i:
+                store(out, last * self.vecs + i, load(out, (last + gap) * self.vecs + i))
 
     def plain_strip(
         self, out, scratch, panel, x_of, stride, apart, tiles, first, columns, last, following
@@ -155,7 +213,7 @@ class _TileProduct:
             sums(self.single, tiles - 1, 0, apart, passes - 1)
 
     def ask_for_next(self, W, panel, following, first, columns) -> None:
-        """Request the stored columns behind these ones; behind the last, the first ones of the next panel."""
+        """Request stored columns behind these; behind the last, the first of the panel that comes next."""
         per = self.p.per_word
         strip = self.strip // per * self.width * WORD
         words, here = self.p.words(self.k), panel * self.p.words(self.k) + first // per
@@ -164,7 +222,7 @@ class _TileProduct:
         else:
             ends = first + columns >= self.k
             there = T.if_then_else(ends, following * words, here + self.strip // per)
-        size = 4 if self.p.code is DType.F32 else 2 if self.p.code is DType.BF16 else 1
+        size = 2 if self.p.code is DType.BF16 else 1
         call("ask", T.address_of(W[there * (self.width * WORD // size)]), T.int64(strip))
 
     def scaled_strip(
@@ -192,9 +250,8 @@ class _TileProduct:
     def sums(self, block, out, place, x, apart, stride, panel, steps, more, soon) -> None:
         """A block of sums at out[place]; x and panel are pointers, apart and stride bytes."""
         c = T.address_of(out[place])
-        plane = T.int64(self.strip // 2 * self.width * 4)
         call(f"begin_{block.name}", c, self.row, more)
-        call(f"steps_{block.name}", x, apart, stride, panel, plane, self.row, T.int64(steps), *soon)
+        call(f"steps_{block.name}", x, apart, stride, panel, self.row, T.int64(steps), *soon)
         call(f"end_{block.name}", c, self.row)
 
     def panel_of(self, scratch, panel, v, column):
@@ -224,56 +281,37 @@ class _TileProduct:
 
     def decode(self, scratch, W, S, panel, first, columns) -> None:
         """Columns from `first` on as pairs, and zeros up to the end of the last tile."""
+
+        def put(row, v, weights):
+            T.buffer_store(scratch, weights, [ramp(row * self.width + v * LANES)])
+
         parts_of(
             columns, min(self.shared, columns),
-            lambda at, n: self.decode_block(scratch, W, S, panel, first + at, n, at // 2),
+            lambda at, n: self.for_each_pair(W, S, panel, first + at, n, at // 2, put),
         )  # fmt: skip
         nothing = T.broadcast(T.uint32(0), LANES)
-        plane = self.strip // 2 * self.width
-        for i in range(self.planes):
-            with T.serial(0, -columns % COLUMNS // 2 * self.vecs) as j:
-                T.buffer_store(scratch, nothing, [ramp(i * plane + columns // 2 * self.width + j * LANES)])
+        with T.serial(0, -columns % COLUMNS // 2 * self.vecs) as i:
+            T.buffer_store(scratch, nothing, [ramp(columns // 2 * self.width + i * LANES)])
 
-    def decode_block(self, scratch, W, S, panel, first, columns, at) -> None:
-        """Pairs of columns that share their scales, to rows of `scratch` from `at` on."""
-        p, vecs, width = self.p, self.vecs, self.width
-        words, group = p.words(self.k), max(p.per_word, 2)
+    def for_each_pair(self, W, S, panel, first, columns, number, take) -> None:
+        """`take(number + i, vector, weights)` for the i-th pair of columns, which share their scales."""
+        p, vecs, group = self.p, self.vecs, self.p.per_word
+        words = p.words(self.k)
         scales = [None] * vecs
         if folds(p):
             scales = [T.bind(fold(p, S, self.scale_at(panel, first, v))) for v in range(vecs)]
 
-        def put(row, v, value, plane=0):
-            place = plane * (self.strip // 2 * width) + (at + row) * width + v * LANES
-            T.buffer_store(scratch, value, [ramp(place)])
-
         def of_word(word, pairs):
             for v in range(vecs):
-                if p.code is DType.F32:
-                    both = [p.load(W, panel * words + first + word * 2 + i, v, width) for i in range(2)]
-                    for plane, value in enumerate(in_three(*both)):
-                        put(word, v, value, plane)
-                    continue
-                lanes = T.bind(p.load(W, panel * words + first // group + word, v, width))
+                lanes = T.bind(p.load(W, panel * words + first // group + word, v, self.width))
                 for i in range(pairs):
-                    put(word * (group // 2) + i, v, pair(p, lanes, i, scales[v]))
+                    take(number + word * (group // 2) + i, v, pair(p, lanes, i, scales[v]))
 
         if columns >= group:
             with T.serial(0, columns // group) as word:
                 of_word(word, group // 2)
         if columns % group:
             of_word(columns // group, columns % group // 2)
-
-    def finish(self, out, R, rows, high, panel) -> None:
-        """Close the gap before the rows of the last tile, and apply the row scales."""
-        vecs, last = self.vecs, T.bind((rows - 1) // HIGH * HIGH)
-        gap = T.bind(last - (rows - high))
-        with T.If(gap > 0), T.Then(), T.serial(0, (rows - last) * vecs) as i:
-            store(out, last * vecs + i, load(out, (last + gap) * vecs + i))
-        if self.p.rows:
-            scales = [T.bind(R[ramp(panel * self.width + v * LANES)]) for v in range(vecs)]
-            with T.serial(0, rows) as r:
-                for v, scale in enumerate(scales):
-                    store(out, r * vecs + v, load(out, r * vecs + v) * scale)
 
 
 def call(name: str, *args) -> None:
