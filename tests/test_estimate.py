@@ -368,7 +368,7 @@ def test_command_where_nothing_is_published(dsv4c: Call) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{kjv} --device h20", "unknown device 'h20'; allowed: ascend-910b2"),
+        ("{kjv} --device h20", "unknown device 'h20'; allowed: a100-80gb"),
         ("{kjv} --device h200 --batch 0", "batch = 0; allowed: at least 1"),
         ("{kjv} --device h200 --batch x", "'x' is not a list"),
         ("{kjv} --device h200 --weights expert=int8", "unknown weight class 'expert'"),

@@ -1,0 +1,133 @@
+"""ONNX as the CUDA provider of ONNX Runtime takes it, and its own nodes with their meaning.
+
+The table of nodes is read from `nodes.json`. Nodes of `com.microsoft` are used where they do the whole of an
+op; `README.md` says which do not, and why. Where the provider has a kernel it ignores the body, which is what
+runs anywhere else.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from dsv4c.targets.onnx.dialect import Dialect, VendorNode, load_nodes
+
+OPSET = 23
+"""The first with `RMSNormalization` and `RotaryEmbedding`, and the last whose kernels were looked up."""
+
+RMS_NORM = VendorNode("", "RMSNormalization", ("X", "scale"), ("Y",), {"epsilon": ""}, "")
+"""Y = scale X / sqrt(mean(X^2) + epsilon) over the last axis, in FP32; a node of ONNX itself."""
+
+ROTARY = VendorNode(
+    "", "RotaryEmbedding", ("X", "cos_cache", "sin_cache"), ("Y",), {"interleaved": "", "num_heads": ""}, ""
+)
+"""X, Y [B,N,H R], cos_cache and sin_cache [B,N,R/2]; interleaved = 1 pairs neighbours. Of ONNX too."""
+
+COLLAPSE = VendorNode(
+    "com.microsoft", "HyperConnectionPreMix", ("streams", "pre_mix"), ("output",), {},
+    """  last = Constant <value_ints = [-1]> ()
+  weights = Unsqueeze(pre_mix, last)
+  each = Mul(streams, weights)
+  branches = Constant <value_ints = [-2]> ()
+  output = ReduceSum <keepdims = 0> (each, branches)""",
+)  # fmt: skip
+"""streams [B,T,n,d], pre_mix [B,T,n] -> sum_j pre_mix_j streams_j [B,T,d]."""
+
+EXPAND = VendorNode(
+    "com.microsoft", "HyperConnectionPostMix", ("streams", "block_output", "post_mix", "stream_mix"),
+    ("output",), {},
+    """  by_target = Transpose <perm = [0, 1, 3, 2]> (stream_mix)
+  kept = MatMul(by_target, streams)
+  last = Constant <value_ints = [-1]> ()
+  gates = Unsqueeze(post_mix, last)
+  branches = Constant <value_ints = [-2]> ()
+  row = Unsqueeze(block_output, branches)
+  added = Mul(gates, row)
+  output = Add(added, kept)""",
+)  # fmt: skip
+"""streams [B,T,n,d], block_output [B,T,d], post_mix [B,T,n], stream_mix [B,T,n,n] ->
+post_mix_k block_output + sum_j stream_mix_jk streams_j [B,T,n,d]."""
+
+ENGRAM_GATE = VendorNode(
+    "com.microsoft", "EngramGate", ("key", "query", "value", "key_norm_scale", "query_norm_scale"),
+    ("output",), {"epsilon": ""},
+    """  eps = Constant <value_float: float = @epsilon> ()
+  last = Constant <value_ints = [-1]> ()
+  keys2 = Mul(key, key)
+  key_mean = ReduceMean <keepdims = 1> (keys2, last)
+  key_shifted = Add(key_mean, eps)
+  key_root = Sqrt(key_shifted)
+  key_unit = Div(key, key_root)
+  k = Mul(key_unit, key_norm_scale)
+  queries2 = Mul(query, query)
+  query_mean = ReduceMean <keepdims = 1> (queries2, last)
+  query_shifted = Add(query_mean, eps)
+  query_root = Sqrt(query_shifted)
+  query_unit = Div(query, query_root)
+  q = Mul(query_unit, query_norm_scale)
+  products = Mul(k, q)
+  sum = ReduceSum <keepdims = 1> (products, last)
+  width = Shape <start = 3, end = 4> (key)
+  wide = Cast <to = 1> (width)
+  root_width = Sqrt(wide)
+  dot = Div(sum, root_width)
+  size = Abs(dot)
+  floor = Constant <value_float = 1e-06> ()
+  least = Max(size, floor)
+  root = Sqrt(least)
+  side = Sign(dot)
+  signed = Mul(side, root)
+  gate = Sigmoid(signed)
+  branches = Constant <value_ints = [2]> ()
+  row = Unsqueeze(value, branches)
+  output = Mul(gate, row)""",
+)  # fmt: skip
+"""key, query [B,T,n,d], value [B,T,d], scales [n,d] -> sigmoid(sign(s) sqrt(max(|s|, 1e-6))) value [B,T,n,d],
+s = <norm(key), norm(query)> / sqrt(d)."""
+
+FP8_MATMUL = VendorNode(
+    "com.microsoft", "MatMulBlockQuantizedFp8Weight", ("A", "B", "b_scale"), ("Y",), {"block_size": ""},
+    """  a = Cast <to = 1> (A)
+  b = Cast <to = 1> (B)
+  whole = Shape(b)
+  rows = Shape <start = 0, end = 1> (b)
+  columns = Shape <start = 1, end = 2> (b_scale)
+  one = Constant <value_ints = [1]> ()
+  size = Constant <value_int: int = @block_size> ()
+  width = Reshape(size, one)
+  tiled = Concat <axis = 0> (rows, columns, width)
+  tiles = Reshape(b, tiled)
+  last = Constant <value_ints = [-1]> ()
+  each = Unsqueeze(b_scale, last)
+  scaled = Mul(tiles, each)
+  matrix = Reshape(scaled, whole)
+  turned = Transpose <perm = [1, 0]> (matrix)
+  y = MatMul(a, turned)
+  Y = CastLike(y, A)""",
+)  # fmt: skip
+"""A BFLOAT16 [M,K], B FLOAT8E4M3FN [N,K], b_scale FLOAT [N,K/block_size] -> BFLOAT16 [M,N]: the numbers of B
+are code times scale, sums are FP32, the result is rounded. Emitted only where blocks fill the rows, and where
+scales are powers of two, so that a kernel that decodes to BFLOAT16 first decodes exactly."""
+
+VENDOR = {
+    "rms_norm": RMS_NORM,
+    "rotary_embedding": ROTARY,
+    "collapse_streams": COLLAPSE,
+    "expand_streams": EXPAND,
+    "engram_gate": ENGRAM_GATE,
+    "fp8_matmul": FP8_MATMUL,
+}
+
+
+@cache
+def cuda_dialect() -> Dialect:
+    """What the provider takes, on every card."""
+    return Dialect(
+        name="cuda",
+        opset=OPSET,
+        ir_version=11,
+        nodes=load_nodes(Path(__file__).with_name("nodes.json")),
+        elements=frozenset({"f32", "f16", "bf16", "f8e4m3", "i8", "u8", "i32", "i64", "bool"}),
+        vendor=VENDOR,
+        provider="CUDAExecutionProvider",
+    )
