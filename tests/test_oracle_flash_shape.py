@@ -71,7 +71,14 @@ def test_flash_over_sixteen_devices(target: str) -> None:
 
 @pytest.mark.parametrize(
     ("target", "numerics", "stages", "low", "high"),
-    [("ascend:950", "fast", 4, 155e9, 165e9), ("mlu:590", "half", 16, 568e9, 575e9)],
+    [
+        ("ascend:950", "fast", 4, 155e9, 165e9),
+        ("mlu:590", "half", 16, 568e9, 575e9),
+        ("cuda:sm_90a", "fast", 8, 155e9, 165e9),
+        ("cuda:sm_80", "fast", 8, 568e9, 575e9),
+        ("rocm:gfx942", "fast", 8, 155e9, 165e9),
+        ("rocm:gfx942", "half", 8, 568e9, 575e9),
+    ],
 )
 def test_flash_in_other_formats(target: str, numerics: str, stages: int, low: float, high: float) -> None:
     """Every node is legal; released codes take 160 GB in all, FP16 two bytes a number."""

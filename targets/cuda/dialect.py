@@ -48,43 +48,6 @@ EXPAND = VendorNode(
 """streams [B,T,n,d], block_output [B,T,d], post_mix [B,T,n], stream_mix [B,T,n,n] ->
 post_mix_k block_output + sum_j stream_mix_jk streams_j [B,T,n,d]."""
 
-ENGRAM_GATE = VendorNode(
-    "com.microsoft", "EngramGate", ("key", "query", "value", "key_norm_scale", "query_norm_scale"),
-    ("output",), {"epsilon": ""},
-    """  eps = Constant <value_float: float = @epsilon> ()
-  last = Constant <value_ints = [-1]> ()
-  keys2 = Mul(key, key)
-  key_mean = ReduceMean <keepdims = 1> (keys2, last)
-  key_shifted = Add(key_mean, eps)
-  key_root = Sqrt(key_shifted)
-  key_unit = Div(key, key_root)
-  k = Mul(key_unit, key_norm_scale)
-  queries2 = Mul(query, query)
-  query_mean = ReduceMean <keepdims = 1> (queries2, last)
-  query_shifted = Add(query_mean, eps)
-  query_root = Sqrt(query_shifted)
-  query_unit = Div(query, query_root)
-  q = Mul(query_unit, query_norm_scale)
-  products = Mul(k, q)
-  sum = ReduceSum <keepdims = 1> (products, last)
-  width = Shape <start = 3, end = 4> (key)
-  wide = Cast <to = 1> (width)
-  root_width = Sqrt(wide)
-  dot = Div(sum, root_width)
-  size = Abs(dot)
-  floor = Constant <value_float = 1e-06> ()
-  least = Max(size, floor)
-  root = Sqrt(least)
-  side = Sign(dot)
-  signed = Mul(side, root)
-  gate = Sigmoid(signed)
-  branches = Constant <value_ints = [2]> ()
-  row = Unsqueeze(value, branches)
-  output = Mul(gate, row)""",
-)  # fmt: skip
-"""key, query [B,T,n,d], value [B,T,d], scales [n,d] -> sigmoid(sign(s) sqrt(max(|s|, 1e-6))) value [B,T,n,d],
-s = <norm(key), norm(query)> / sqrt(d)."""
-
 FP8_MATMUL = VendorNode(
     "com.microsoft", "MatMulBlockQuantizedFp8Weight", ("A", "B", "b_scale"), ("Y",), {"block_size": ""},
     """  a = Cast <to = 1> (A)
@@ -114,7 +77,6 @@ VENDOR = {
     "rotary_embedding": ROTARY,
     "collapse_streams": COLLAPSE,
     "expand_streams": EXPAND,
-    "engram_gate": ENGRAM_GATE,
     "fp8_matmul": FP8_MATMUL,
 }
 

@@ -41,7 +41,6 @@ STATIC_LOWERINGS: dict[str, Lowering] = {
     "round_values": static_rounding.round_values,
     "hc_collapse": static_streams.hc_collapse,
     "hc_expand": static_streams.hc_expand,
-    "engram_gate": static_streams.engram_gate,
 }
 """Op name -> lowering where every size is known."""
 

@@ -21,15 +21,11 @@ def engram_gate(g: Context, op: Op) -> V:
     signed = g.op("Where", g.op("Less", delta, 0.0), g.op("Neg", root), root)
     if not op.attrs["copysign"]:
         signed = g.op("Where", g.op("Equal", delta, 0.0), 0.0, signed)
-    return placed(g, op, g.op("Mul", g.op("Sigmoid", signed), value))
-
-
-def placed(g: Context, op: Op, out: V) -> V:
-    """The gated value [B,T,n,d] where no id is dead, and the streams it is added to."""
+    out = g.op("Mul", g.op("Sigmoid", signed), value)
     if len(op.operands) > 4:
         dead = g.op("Less", g.tensor(op, 4), 0)
         out = g.op("Where", g.op("Unsqueeze", dead, [2, 3]), 0.0, out)
-    return g.op("Add", g.tensor(op, 0), out) if op.attrs["residual"] else out
+    return g.op("Add", x, out) if op.attrs["residual"] else out
 
 
 def _root_mean_square(g: Context, op: Op, x: V) -> V:

@@ -1,4 +1,4 @@
-"""Hyper-connections and the gate of Engram layers in fixed shapes: one node where the dialect has it."""
+"""Hyper-connections in fixed shapes: one node where the dialect has it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from onnx import TensorProto
 
 from dsv4c.ir.graph import Op
 
-from . import engram, hyper
-from .lowering import Context, V, number, size
+from . import hyper
+from .lowering import Context, V
 from .static import StaticContext
-
-SIGNED_FLOOR = 1e-6
-"""The least magnitude below the root of an Engram gate that the node knows."""
 
 
 def hc_collapse(g: Context, op: Op) -> V:
@@ -32,20 +29,6 @@ def hc_expand(g: Context, op: Op) -> V:
     return _node(g, "expand_streams", g.tensors(op, 4), g.shape_of(g.tensor(op, 0)))
 
 
-def engram_gate(g: Context, op: Op) -> V:
-    """See `engram.engram_gate`. Role "engram_gate": the value behind its gate, for the floor and the sign at
-    zero that the node knows; ids and the residual stay nodes of the graph."""
-    assert isinstance(g, StaticContext)
-    fits = number(op, "floor") == SIGNED_FLOOR and not op.attrs["copysign"]
-    if "engram_gate" not in g.dialect.vendor or not fits:
-        return engram.engram_gate(g, op)
-    x, kv, q_weight, k_weight = g.tensors(op, 4)
-    n, d = size(op, 0, 2), size(op, 0, 3)
-    keys, value = g.multi("Split", 2, kv, [n * d, d], axis=-1)
-    inputs = [g.reshape(keys, 0, 0, n, d), x, value, k_weight, q_weight]
-    return engram.placed(g, op, _node(g, "engram_gate", inputs, g.shape_of(x), epsilon=number(op, "eps")))
-
-
-def _node(g: StaticContext, role: str, inputs: list[V], shape: tuple[int, ...], **attrs: object) -> V:
+def _node(g: StaticContext, role: str, inputs: list[V], shape: tuple[int, ...]) -> V:
     """A node of a role with one FLOAT output."""
-    return g.vendor(role, inputs, [(TensorProto.FLOAT, shape)], **attrs)[0]
+    return g.vendor(role, inputs, [(TensorProto.FLOAT, shape)])[0]
