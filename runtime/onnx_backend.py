@@ -24,6 +24,8 @@ from dsv4c.runtime.undo import Undo
 
 Arr = npt.NDArray[Any]
 Positions = npt.NDArray[np.int64]
+Provider = tuple[str, dict[str, str]]
+"""An execution provider of ONNX Runtime, and its options."""
 
 _STANDARD, _FUNCTIONS = b"ai.onnx", b"cpu.fns"
 """A node that a vendor knows in the standard domain, by its written name, is none of ONNX: for ONNX Runtime
@@ -165,19 +167,19 @@ def append_entries(entries: Arr, new: Arr, first: Positions, last: Positions) ->
 
 def open_session(
     artifact: Artifact, threads: int | None, section: str = "onnx", probes: Sequence[str] = (),
-    provider: str = "",
+    provider: Provider | None = None,
 ) -> Any:  # fmt: skip
     """An `onnxruntime.InferenceSession` over a model of the artifact; see `OnnxBackend`.
 
     Args:
         section: where the model lies in the artifact.
         probes: FLOAT tensors inside the model that become outputs.
-        provider: who executes the model, as it is shipped; "" is the processor.
+        provider: who executes the model, as it is shipped; None is the processor, by the meaning of nodes.
     """
     ort = _onnxruntime()
-    if provider and provider not in ort.get_available_providers():
+    if provider and provider[0] not in ort.get_available_providers():
         raise ToolchainError(
-            f"this ONNX Runtime has no {provider}", allowed=", ".join(ort.get_available_providers()),
+            f"this ONNX Runtime has no {provider[0]}", allowed=", ".join(ort.get_available_providers()),
             hint="dsv4c targets --check names the wheel; it takes the place of onnxruntime",
         )  # fmt: skip
     if "onnx" not in artifact.meta:

@@ -17,7 +17,7 @@ from dsv4c.runtime.engram.host import HostOps
 from dsv4c.runtime.images.rows import ImageFeed, ImageRows, no_images
 from dsv4c.runtime.undo import Undo
 
-from .onnx_backend import append_entries, check_sizes, open_session, run_model
+from .onnx_backend import Provider, append_entries, check_sizes, open_session, run_model
 
 Arr = npt.NDArray[Any]
 
@@ -42,8 +42,9 @@ class OnnxProgram:
     """A program in ONNX Runtime on this machine's processor, or by the provider of a device."""
 
     def __init__(
-        self, artifact: Artifact, threads: int | None, section: str, probes: Sequence[str], provider: str = ""
-    ) -> None:
+        self, artifact: Artifact, threads: int | None, section: str, probes: Sequence[str],
+        provider: Provider | None = None,
+    ) -> None:  # fmt: skip
         self._session = open_session(artifact, threads, section, probes, provider)
 
     def run(self, outputs: Sequence[str], feeds: dict[str, Arr]) -> list[Arr]:
@@ -56,9 +57,10 @@ def provider_opener(artifact: Artifact) -> Opener:
     Raises:
         ArtifactError: another program than ONNX Runtime reads its models.
     """
-    provider = artifact.meta["onnx"]["static"].get("provider", "")
-    if not provider:
+    found = artifact.meta["onnx"]["static"].get("provider")
+    if not found:
         raise ArtifactError("was made for no provider of ONNX Runtime", where=str(artifact.path))
+    provider = str(found[0]), {str(k): str(v) for k, v in found[1].items()}
     return lambda facts, probes: OnnxProgram(artifact, None, f"onnx.{facts['name']}", probes, provider)
 
 

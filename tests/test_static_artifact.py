@@ -50,7 +50,8 @@ def built(models: Models, folder: Path, name: str, target: str, numerics: str, p
     """The artifact of a checkpoint, made once."""
     path = folder / f"{name}-{target.replace(':', '-')}-{numerics}-{abs(hash(passes))}.dsv4"
     if not path.exists():
-        dsv4c.compile(models.checkpoint(name), output=path, target=target, numerics=numerics, passes=passes)
+        dsv4c.compile(models.checkpoint(name), output=path, target=target, numerics=numerics, format="onnx",
+                       passes=passes)  # fmt: skip
     return path
 
 

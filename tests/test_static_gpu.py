@@ -30,6 +30,7 @@ from dsv4c.ir.packed import packed_form
 from dsv4c.ir.types import f32
 from dsv4c.ir.weights import stream
 from dsv4c.runtime import Artifact, Session
+from dsv4c.runtime.onnx_backend import Provider
 from dsv4c.runtime.static_backend import OnnxProgram, provider_opener
 from dsv4c.runtime.unpack import unpack
 from dsv4c.runtime.verify import failures, verify
@@ -37,7 +38,7 @@ from dsv4c.targets import parse_target
 
 ROOT = Path(__file__).resolve().parents[1]
 BOTH = ("cuda:sm_90a", "rocm:gfx942")
-KERNEL = "CPUExecutionProvider"
+KERNEL: Provider = ("CPUExecutionProvider", {})
 """Named, it executes a file as it is shipped: kernels, not bodies."""
 
 
@@ -338,9 +339,10 @@ def test_on_device_without_the_provider(
     models: Models, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = built(models, folder, "v4", "cuda:sm_90a", "exact")
+    assert Artifact.open(path).meta["onnx"]["static"]["provider"][1] == {"use_tf32": "0"}
     assert main(["verify", str(path), "--on", "device"]) == 2
     error = capsys.readouterr().err
-    assert "this ONNX Runtime has no CUDAExecutionProvider; allowed: " in error and KERNEL in error
+    assert "this ONNX Runtime has no CUDAExecutionProvider; allowed: " in error and KERNEL[0] in error
     assert "targets --check names the wheel" in error
     assert main(["verify", str(path), "--on", "device", "--programs", "x"]) == 2
     assert "nothing is converted" in capsys.readouterr().err

@@ -78,6 +78,7 @@ class Dialect:
         held: floats that one block of tokens of attention may hold in temporaries.
         provider: the execution provider of ONNX Runtime that reads such files on the device; "" where another
             program does.
+        provider_options: what that provider is told, so that it rounds nowhere but where the graph does.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Dialect:
     runs_as: int = 0
     held: int = 1 << 26
     provider: str = ""
+    provider_options: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.index not in INTEGERS or self.index not in self.elements:

@@ -87,8 +87,8 @@ def emit_static(
     meta["onnx"] = {"location", "tensors", "states", "host"} as `emit_onnx` writes them, and "static":
     {"batch", "context", "buckets": [{"tokens", "programs": [{"name", "stage", "probes": {layer: tensor},
     "border": {"inputs": [names], "outputs": [[name, NumPy dtype, shape]]}}]}], "dialect", "opset",
-    "provider"}. What a stage reads of earlier ones is called as their output was, with ".in" behind it, as
-    "streams.in".
+    "provider": [name, options] or null}. What a stage reads of earlier ones is called as their output was,
+    with ".in" behind it, as "streams.in".
 
     Raises:
         TargetError: an op has no lowering, or a node, type or rank is outside the dialect; names the layer.
@@ -115,7 +115,8 @@ def emit_static(
         buckets.append({"tokens": count, "programs": programs})
     static = {
         "batch": shapes.batch, "context": shapes.context, "buckets": buckets,
-        "dialect": dialect.name, "opset": dialect.opset, "provider": dialect.provider,
+        "dialect": dialect.name, "opset": dialect.opset,
+        "provider": [dialect.provider, dict(dialect.provider_options)] if dialect.provider else None,
     }  # fmt: skip
     names = [part.name for parts in stored for part in parts]
     states = {n: _state(module, n, v) for n, v in module.states.items() if n not in host.states}
