@@ -22,7 +22,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on", default="cpu", metavar="WHERE",
         help="cpu (default): this machine's processor, which also runs the models made for devices; device: "
-        "the device they were made for, from converted programs",
+        "the device they were made for, from converted programs or by its provider of ONNX Runtime",
     )  # fmt: skip
     parser.add_argument("--programs", metavar="DIR", help="with --on device: the converted programs")
     threads_option(parser)
@@ -142,6 +142,7 @@ VERIFY = Command(
     examples=(
         "dsv4c verify m.dsv4",
         "dsv4c verify m.dsv4 --full --json",
+        "dsv4c verify m.dsv4 --on device",
         "dsv4c verify m.dsv4 --on device --programs device/om",
     ),
     arguments=_arguments,

@@ -310,6 +310,18 @@ def test_migraphx_gets_no_float8_but_fnuz(models: Models, folder: Path, numerics
     assert bool(found[TensorProto.FLOAT8E4M3FNUZ]) is (numerics == "fast")
 
 
+@pytest.mark.parametrize("target", BOTH)
+def test_estimates_count_the_stored_formats(models: Models, folder: Path, target: str) -> None:
+    """For one card of the arch; bytes of weights within one percent of the artifact's."""
+    artifact = Artifact.open(built(models, folder, "kjv", target, "fast"))
+    found = artifact.meta["report"]["estimate"]
+    assert found["device"]["name"] == {"cuda:sm_90a": "h200", "rocm:gfx942": "mi300x"}[target]
+    (memory,) = found["placement"]["memory"]
+    stored = sum(t.nbytes for t in artifact.tensors.values() if not t.name.startswith("golden."))
+    assert abs(memory["dense"] + memory["experts"] - stored) < 0.01 * stored
+    assert "fp4 weights are multiplied in fp8" in found["assumptions"]
+
+
 # --------------------------------------------------------------------------------- on the device
 
 

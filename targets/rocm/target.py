@@ -8,7 +8,7 @@ from dsv4c.targets.onnx.ops import FNUZ, HALF, OPS, PIPELINE, ROUNDED, ROUNDINGS
 from .dialect import rocm_dialect
 
 ARCHS = (
-    Arch("gfx90a", {"gfx": "gfx90a", "card": "MI250X"}, machine="", device="mi250x"),
+    Arch("gfx90a", {"gfx": "gfx90a", "card": "MI250X"}, machine="", device="mi250x-die"),
     Arch(
         "gfx942", {"gfx": "gfx942", "card": "MI300X"}, machine="", device="mi300x",
         numerics={"fast": FNUZ, "half": HALF, "exact": ""},
