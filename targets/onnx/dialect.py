@@ -139,7 +139,10 @@ class Dialect:
         name = ELEMENTS.get(element, f"type {element}")
         if name not in self.elements:
             allowed = ", ".join(sorted(self.elements))
-            raise TargetError(f"{what} is of {name}, which {self.name} lacks", where=where, allowed=allowed)
+            raise TargetError(
+                f"{what} is of {name}, which {self.name} lacks", where=where, allowed=allowed,
+                hint="choose numerics or passes that store and round otherwise: dsv4c targets lists numerics",
+            )  # fmt: skip
         if rank > self.max_rank:
             raise TargetError(f"{what} has {rank} axes", where=where, allowed=f"{self.max_rank}")
 
