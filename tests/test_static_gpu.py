@@ -136,6 +136,33 @@ def test_products_of_fp8_codes(tmp_path: Path, scheme: str, n: int, k: int, bloc
     assert np.array_equal(got, got.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
+def test_the_kernel_of_bf16_products_turns_the_second_factor() -> None:
+    """The processor's takes FLOAT only; that it does what the body says does not hang on the type."""
+    import onnxruntime
+
+    x = np.random.default_rng(2).normal(size=(2, 3, 5, 7)).astype(np.float32)
+    w = x[:, :, :4] + 1
+    node = onnx.helper.make_node("FusedMatMul", ["a", "b"], ["y"], domain="com.microsoft", transB=1)
+    infos = [onnx.helper.make_tensor_value_info(n, 1, [None] * 4) for n in "aby"]
+    graph = onnx.helper.make_graph([node], "g", infos[:2], infos[2:])
+    opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=11).SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=[KERNEL[0]])
+    close(session.run(None, {"a": x, "b": w})[0], x @ w.swapaxes(-1, -2), 1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "mxfp4"])
+def test_grouped_products_in_bf16(tmp_path: Path, scheme: str) -> None:
+    c = Small(tmp_path, "cuda:sm_90a")
+    x = c.b.op("round_values", c.b.input("x", f32(B, T, 2, 128)), rule="bf16")
+    y = c.b.op("grouped_linear", x, c.b.weight(c.matrix("w", scheme, 64, 128), "w"), groups=2)
+    c.module.outputs["y"] = c.b.op("round_values", y, rule="bf16")
+    got, want = c.run(7, x=normal(c.rng, 1, 7, 2, 128))
+    assert nodes_of(c)["com.microsoft::FusedMatMul"] == 1
+    close(got, want, 2.0**-8)
+    assert (got == want).mean() > 0.98
+
+
 def test_a_product_that_is_not_rounded_is_no_node_of_bf16(tmp_path: Path) -> None:
     c = Small(tmp_path, "cuda:sm_90a")
     weight = c.b.weight(c.matrix("w", "fp8", 64, 128), "w")

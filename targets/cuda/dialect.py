@@ -72,12 +72,24 @@ FP8_MATMUL = VendorNode(
 are code times scale, sums are FP32, the result is rounded. Emitted only where blocks fill the rows, and where
 scales are powers of two, so that a kernel that decodes to BFLOAT16 first decodes exactly."""
 
+BF16_MATMUL = VendorNode(
+    "com.microsoft", "FusedMatMul", ("A", "B"), ("Y",), {"transB": ""},
+    """  a = Cast <to = 1> (A)
+  b = Cast <to = 1> (B)
+  y = Einsum <equation = "...ik,...jk->...ij"> (a, b)
+  Y = CastLike(y, A)""",
+)  # fmt: skip
+"""A BFLOAT16 [...,M,K], B BFLOAT16 [...,N,K] -> A B^T BFLOAT16 [...,M,N]: transB = 1, which the body assumes.
+The plain `MatMul` is a node of ONNX, so that a file cannot carry its meaning, and the processor has none for
+BFLOAT16."""
+
 VENDOR = {
     "rms_norm": RMS_NORM,
     "rotary_embedding": ROTARY,
     "collapse_streams": COLLAPSE,
     "expand_streams": EXPAND,
     "fp8_matmul": FP8_MATMUL,
+    "bf16_matmul": BF16_MATMUL,
 }
 
 

@@ -142,12 +142,17 @@ def _check(module: Module, dialect: Dialect) -> None:
             raise TargetError(
                 f"{dialect.name} has no {op.name}", where=op.loc or module.name, allowed=allowed
             )
-        rounding = op.attrs.get("rounding", "none")
-        if rounding not in (("none", "fp16", "mxfp8") if op.name == "expert_mlp" else ("none",)):
+        known = _expert_roundings(dialect) if op.name == "expert_mlp" else ("none",)
+        if (rounding := op.attrs.get("rounding", "none")) not in known:
             raise TargetError(
                 f"{dialect.name} has no {op.name} with rounding = {rounding!r}", where=op.loc or module.name,
-                allowed="none" + (", fp16, mxfp8" if op.name == "expert_mlp" else ""),
+                allowed=", ".join(known),
             )  # fmt: skip
+
+
+def _expert_roundings(dialect: Dialect) -> tuple[str, ...]:
+    """How experts may round: in BF16 only where there is such a product."""
+    return ("none", "fp16", "mxfp8", *(["bf16"] if "bf16_matmul" in dialect.vendor else []))
 
 
 def _store(

@@ -14,6 +14,7 @@ from .graph import V
 if TYPE_CHECKING:
     from .static import StaticContext
 
+
 def rms_norm(g: StaticContext, x: V, weight: V | None, eps: float, width: int) -> V:
     """x [...,D], weight [D] or none -> [...,D]. Role "rms_norm": weight and epsilon, result first."""
     if node := g.dialect.vendor.get("rms_norm"):
