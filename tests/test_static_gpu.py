@@ -365,6 +365,17 @@ def test_estimates_count_the_stored_formats(models: Models, folder: Path, target
     assert "fp4 weights are multiplied in fp8" in found["assumptions"]
 
 
+@pytest.mark.parametrize("scheme", ["int4", "nvfp4"])
+def test_codes_that_no_file_holds_become_numbers(models: Models, tmp_path: Path, scheme: str) -> None:
+    """Asked to keep them packed, the emitter decodes what it has no form for."""
+    path = dsv4c.compile(
+        models.checkpoint("v4"), output=tmp_path / "m.dsv4", target="cuda", numerics="exact", format="onnx",
+        passes=f'requantise{{experts="{scheme}"}},default,with(narrow_weights{{storage="packed"}}),'
+        'with(bind_shapes{tokens="1", context=64})',
+    )  # fmt: skip
+    assert not failures(verify(Artifact.open(path), threads=1))
+
+
 def test_another_kind_of_float8_is_refused_with_its_layer(models: Models, tmp_path: Path) -> None:
     """Inputs in MXFP8 need E4M3FN, which MIGraphX does not read."""
     passes = 'quantise_activations{rule="mxfp8"},default,with(bind_shapes{tokens="1", context=64})'

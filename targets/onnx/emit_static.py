@@ -192,11 +192,12 @@ def _parts(op: Op, dialect: Dialect) -> tuple[WeightExpr, WeightExpr | None]:
 def _stays_codes(scheme: Scheme, gathered: bool, dialect: Dialect) -> bool:
     """Whether a weight is stored as it is: INT8 anywhere; the rest where there are 8-bit floats, of its kind
     unless bytes stand for them."""
-    if scheme.name == "int8":
-        return True
     known = dialect.elements.intersection(_FLOAT8.values())
-    as_bytes = gathered or scheme.code is DType.F4E2M1X2
-    return bool(known) and scheme.tensor_scale is False and (as_bytes or _FLOAT8.get(scheme.code) in known)
+    if scheme.name == "int8" or not known or scheme.tensor_scale:
+        return scheme.name == "int8"
+    if scheme.code is DType.F4E2M1X2:
+        return True
+    return scheme.code in _FLOAT8 and (gathered or _FLOAT8[scheme.code] in known)
 
 
 def _is_gathered(op: Op) -> bool:
