@@ -61,7 +61,8 @@ oracle: $(ORACLE) $(ASCEND)
 # Every arch of every device, the kernels for them, and V4-Flash in its real shape.
 test-targets: oracle
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "oracle or not oracle" tests/test_targets.py \
-	  tests/test_static_artifact.py tests/test_acl_programs.py tests/test_mlu_bang.py tests/test_estimate.py \
+	  tests/test_static_artifact.py tests/test_static_gpu.py tests/test_acl_programs.py \
+	  tests/test_mlu_bang.py tests/test_estimate.py \
 	  tests/test_placement.py tests/test_ascend_toolchain.py tests/test_oracle_ascend_kernels.py \
 	  tests/test_oracle_flash_shape.py
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from dsv4c.errors import UsageError
 from dsv4c.runtime import Artifact
+from dsv4c.runtime.static_backend import provider_opener
 from dsv4c.runtime.verify import Check, failures, verify
 
 from .base import Command, json_option, threads_option
@@ -21,7 +22,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on", default="cpu", metavar="WHERE",
         help="cpu (default): this machine's processor, which also runs the models made for devices; device: "
-        "the device they were made for, from converted programs",
+        "the device they were made for, from converted programs or by its provider of ONNX Runtime",
     )  # fmt: skip
     parser.add_argument("--programs", metavar="DIR", help="with --on device: the converted programs")
     threads_option(parser)
@@ -44,10 +45,17 @@ def _opener(args: argparse.Namespace, artifact: Artifact) -> Any:
         if args.programs:
             raise UsageError("--programs without --on device", where="dsv4c verify")
         return None
+    if artifact.meta.get("onnx", {}).get("static", {}).get("provider"):
+        if args.programs:
+            raise UsageError(
+                f"--programs for {artifact.meta['target']}", where="dsv4c verify",
+                allowed="--on device alone", hint="nothing is converted: ONNX Runtime reads the artifact",
+            )  # fmt: skip
+        return provider_opener(artifact)
     if artifact.meta["target"] != "ascend":
         raise UsageError(
-            f"--on device for {artifact.meta['target']}", where="dsv4c verify", allowed="target ascend",
-            hint="verify --on cpu runs the same models here",
+            f"--on device for {artifact.meta['target']}", where="dsv4c verify",
+            allowed="targets ascend, cuda, rocm", hint="verify --on cpu runs the same models here",
         )  # fmt: skip
     if not args.programs:
         raise UsageError(
@@ -134,6 +142,7 @@ VERIFY = Command(
     examples=(
         "dsv4c verify m.dsv4",
         "dsv4c verify m.dsv4 --full --json",
+        "dsv4c verify m.dsv4 --on device",
         "dsv4c verify m.dsv4 --on device --programs device/om",
     ),
     arguments=_arguments,

@@ -19,7 +19,10 @@ from .base import Pass
 
 _STORAGE = ("auto", "f32", "packed", "int8", "fp8", "fp16")
 
-_KEPT = {"int8": frozenset({"int8"}), "fp8": frozenset({"fp8", "fp8_f32", "mxfp8", "mxfp4"})}
+_KEPT = {
+    "int8": frozenset({"int8"}),
+    "fp8": frozenset({"fp8", "fp8_f32", "fp8_fnuz", "mxfp8", "mxfp4"}),
+}
 """Storage -> the only schemes that stay codes and scales under it."""
 
 _MATRIX_READERS = frozenset({"linear", "grouped_linear", "expert_mlp", "expert_statistics", "embed"})
@@ -44,8 +47,8 @@ class NarrowWeights(Pass):
     "auto" but for weights that have a packed form and that only `PACKED_READERS` read: they stay codes and
     scales, an f32 expression whose `packed_form` tells how it is stored. `storage="int8"` and
     `storage="fp8"` are "f32" but for such weights in the scheme int8, or with E4M3 or E2M1 codes (fp8,
-    fp8_f32, mxfp8, mxfp4), and `storage="fp16"` but for matrices of FP16 numbers: for targets that compute
-    from nothing else. Values do not change: emission checks each cast.
+    fp8_f32, fp8_fnuz, mxfp8, mxfp4), and `storage="fp16"` but for matrices of FP16 numbers: for targets that
+    compute from nothing else. Values do not change: emission checks each cast.
     """
 
     name: ClassVar[str] = "narrow_weights"

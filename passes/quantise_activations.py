@@ -54,6 +54,10 @@ RULES = {
         "fp16", 0, frozenset({"fp16"}), after="fp16", experts="fp16",
         ops=frozenset({"linear", "grouped_linear"}),
     ),
+    "bf16_fp8": Rule(
+        "bf16", 0, frozenset({"fp8", "mxfp8", "mxfp4"}), after="bf16", experts="bf16",
+        ops=frozenset({"linear", "grouped_linear"}),
+    ),
     "bf16": Rule(
         "bf16", 0, frozenset(SCHEMES) - {"f32", "fp16"}, experts="bf16_rows", inputs="bf16",
         ops=frozenset({"linear", "grouped_linear"}), spares=frozenset({"router"}),
@@ -63,9 +67,10 @@ RULES = {
 product is the int32 dot product of the codes times two scales. `int8_token_bf16` is the same for devices that
 quantise from BF16 and whose product of codes gives BF16. `mxfp8` rounds inputs to E4M3 with a power of two
 for every 32 channels (specification 3.2 with smaller blocks); like the published code it leaves the input of
-the grouped product alone. `fp16` is a product of FP16 numbers whose result is one. `bf16` rounds inputs to
-BF16, as the published code does, for products of BF16 numbers with FP32 sums, and leaves the choice of
-experts alone."""
+the grouped product alone. `fp16` is a product of FP16 numbers whose result is one. `bf16_fp8` rounds inputs
+and results of products with E4M3 and E2M1 matrices to BF16, for nodes that take and give that. `bf16` rounds
+inputs to BF16, as the published code does, for products of BF16 numbers with FP32 sums, and leaves the choice
+of experts alone."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from dsv4c.runtime.undo import Undo
 
 Arr = npt.NDArray[Any]
 Positions = npt.NDArray[np.int64]
+Provider = tuple[str, dict[str, str]]
+"""An execution provider of ONNX Runtime, and its options."""
 
 _STANDARD, _FUNCTIONS = b"ai.onnx", b"cpu.fns"
 """A node that a vendor knows in the standard domain, by its written name, is none of ONNX: for ONNX Runtime
@@ -32,6 +34,10 @@ the domain is renamed to one whose functions the model brings along. Both names 
 _LATER = b"cpu.ops"
 """A domain without nodes, whose version is that of the standard nodes here: a file for a consumer that stops
 at an older one may hold element types that ONNX has only since. It is renamed to the standard domain."""
+
+_CONTRIB, _BODIES = b"com.microsoft", b"cpu.functions"
+"""A node of ONNX Runtime's own that its provider for a device has, and the processor may not: the domain is
+renamed to one that only the functions of the model are in. Both names are of one length."""
 
 _OFFSET_MARK = re.compile(rb"(?=@offset:(\d+)@)[@offset:\d]{20}")
 """Stands for the offset of a tensor, by its index in meta["onnx"]["tensors"]."""
@@ -160,15 +166,22 @@ def append_entries(entries: Arr, new: Arr, first: Positions, last: Positions) ->
 
 
 def open_session(
-    artifact: Artifact, threads: int | None, section: str = "onnx", probes: Sequence[str] = ()
-) -> Any:
+    artifact: Artifact, threads: int | None, section: str = "onnx", probes: Sequence[str] = (),
+    provider: Provider | None = None,
+) -> Any:  # fmt: skip
     """An `onnxruntime.InferenceSession` over a model of the artifact; see `OnnxBackend`.
 
     Args:
         section: where the model lies in the artifact.
         probes: FLOAT tensors inside the model that become outputs.
+        provider: who executes the model, as it is shipped; None is the processor, by the meaning of nodes.
     """
     ort = _onnxruntime()
+    if provider and provider[0] not in ort.get_available_providers():
+        raise ToolchainError(
+            f"this ONNX Runtime has no {provider[0]}", allowed=", ".join(ort.get_available_providers()),
+            hint="dsv4c targets --check names the wheel; it takes the place of onnxruntime",
+        )  # fmt: skip
     if "onnx" not in artifact.meta:
         raise ArtifactError("holds no ONNX model", where=str(artifact.path))
     path = Path(os.path.realpath(artifact.path))  # ONNX Runtime follows no link out of its directory
@@ -182,17 +195,24 @@ def open_session(
         "session.model_external_initializers_file_folder_path": str(path.parent),
     }.items():
         options.add_session_config_entry(key, value)
-    model = placed_model(artifact, path.name, section).replace(_STANDARD, _FUNCTIONS)
-    model = model.replace(_LATER, _STANDARD) + _more_outputs(probes)
+    model = placed_model(artifact, path.name, section)
+    model = (model if provider else _for_processor(artifact, model)) + _more_outputs(probes)
     # Where sizes are fixed they are folded already; what is left are weights, which must not be copied.
     static = "static" in artifact.meta["onnx"]
     disabled = ["ConstantFolding"] if static else []
     try:
         return ort.InferenceSession(
-            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+            model, options, providers=[provider or "CPUExecutionProvider"], disabled_optimizers=disabled
         )
     except Exception as error:  # onnxruntime has an exception type per status, with no public base
         raise ArtifactError(f"ONNX Runtime refuses the model: {error}", where=str(path)) from error
+
+
+def _for_processor(artifact: Artifact, model: bytes) -> bytes:
+    """A model made for another consumer as the processor runs it: by the meaning that its nodes carry."""
+    if "static" in artifact.meta["onnx"]:
+        model = model.replace(_CONTRIB, _BODIES)
+    return model.replace(_STANDARD, _FUNCTIONS).replace(_LATER, _STANDARD)
 
 
 def _more_outputs(names: Sequence[str]) -> bytes:

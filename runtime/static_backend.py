@@ -11,13 +11,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dsv4c.errors import SessionError
+from dsv4c.errors import ArtifactError, SessionError
 from dsv4c.runtime.container import Artifact
 from dsv4c.runtime.engram.host import HostOps
 from dsv4c.runtime.images.rows import ImageFeed, ImageRows, no_images
 from dsv4c.runtime.undo import Undo
 
-from .onnx_backend import append_entries, check_sizes, open_session, run_model
+from .onnx_backend import Provider, append_entries, check_sizes, open_session, run_model
 
 Arr = npt.NDArray[Any]
 
@@ -39,13 +39,29 @@ Opener = Callable[[dict[str, Any], Sequence[str]], Program]
 
 
 class OnnxProgram:
-    """A program in ONNX Runtime on this machine's processor."""
+    """A program in ONNX Runtime on this machine's processor, or by the provider of a device."""
 
-    def __init__(self, artifact: Artifact, threads: int | None, section: str, probes: Sequence[str]) -> None:
-        self._session = open_session(artifact, threads, section, probes)
+    def __init__(
+        self, artifact: Artifact, threads: int | None, section: str, probes: Sequence[str],
+        provider: Provider | None = None,
+    ) -> None:  # fmt: skip
+        self._session = open_session(artifact, threads, section, probes, provider)
 
     def run(self, outputs: Sequence[str], feeds: dict[str, Arr]) -> list[Arr]:
         return run_model(self._session, outputs, feeds)
+
+
+def provider_opener(artifact: Artifact) -> Opener:
+    """Programs by the provider of ONNX Runtime that the artifact was made for, on its device.
+
+    Raises:
+        ArtifactError: another program than ONNX Runtime reads its models.
+    """
+    found = artifact.meta["onnx"]["static"].get("provider")
+    if not found:
+        raise ArtifactError("was made for no provider of ONNX Runtime", where=str(artifact.path))
+    provider = str(found[0]), {str(k): str(v) for k, v in found[1].items()}
+    return lambda facts, probes: OnnxProgram(artifact, None, f"onnx.{facts['name']}", probes, provider)
 
 
 class StaticBackend:

@@ -43,6 +43,12 @@ class Arch:
     numerics: Mapping[str, str] | None = None
     dialect: Callable[[], Dialect] | None = None
 
+    def sold_as(self, name: str) -> bool:
+        """Whether its attributes name a machine so, in whatever case: "h100", "RTX 4090"."""
+        known = (word.strip() for text in self.attributes.values() for word in text.lower().split(","))
+        wanted = name.lower()
+        return any(wanted in (word, word.replace(" ", ""), word.rpartition(" ")[2]) for word in known)
+
 
 @dataclass(frozen=True)
 class Format:
@@ -118,7 +124,12 @@ class Target:
         for arch in self.archs:
             if arch.name == name:
                 return arch
-        raise unknown("arch", name, [a.name for a in self.archs], TargetError, self.name)
+        error = unknown("arch", name, [a.name for a in self.archs], TargetError, self.name)
+        meant = [a for a in self.archs if a.sold_as(name)]
+        raise error if not meant else TargetError(
+            f"unknown arch {name!r}", where=self.name, allowed=error.allowed,
+            hint=f"{name} is {' or '.join(f'{self.name}:{a.name}' for a in meant)}",
+        )  # fmt: skip
 
     def legal(self, format: str) -> frozenset[str]:
         """The ops that may reach the emitter of a format."""

@@ -67,6 +67,22 @@ def package(module: str, name: str) -> Callable[[], Found | None]:
     return find
 
 
+def provider(name: str, wheel: str) -> Callable[[], Found | None]:
+    """Looks for the wheel of ONNX Runtime that brings a provider, without importing it.
+
+    Args:
+        name: of the provider, whose library lies in the package `onnxruntime` whatever the wheel is called.
+        wheel: what pip knows it by.
+    """
+    library = f"capi/libonnxruntime_providers_{name.removesuffix('ExecutionProvider').lower()}.so"
+
+    def find() -> Found | None:
+        found = package("onnxruntime", wheel)()
+        return found if found and Path(found.where, library).is_file() else None
+
+    return find
+
+
 def program(*names: str, home: str = "", says_version: bool = True) -> Callable[[], Found | None]:
     """Looks for the first of some programs, on the PATH or in the vendor's folder.
 
@@ -134,6 +150,31 @@ CPU = (
     ONNX, ONNXRUNTIME,
 )  # fmt: skip
 
+CUDA_DRIVER = "the driver of the card, from NVIDIA or your distribution"
+
+CUDA = (
+    ONNX, ONNXRUNTIME,
+    Tool(
+        "onnxruntime-gpu", "dsv4c verify --on device: the CUDA provider",
+        "pip install onnxruntime-gpu, in an environment without onnxruntime; with CUDA 13 and cuDNN 9",
+        provider("CUDAExecutionProvider", "onnxruntime-gpu"),
+    ),
+    Tool("nvidia-smi", "dsv4c verify --on device: the driver", CUDA_DRIVER, program("nvidia-smi")),
+)  # fmt: skip
+
+ROCM = (
+    ONNX, ONNXRUNTIME,
+    Tool(
+        "onnxruntime-migraphx", "dsv4c verify --on device: the MIGraphX provider",
+        "pip install onnxruntime-migraphx, in an environment without onnxruntime; glibc 2.34 or later",
+        provider("MIGraphXExecutionProvider", "onnxruntime-migraphx"),
+    ),
+    Tool(
+        "rocminfo", "dsv4c verify --on device: the driver and ROCm", "ROCm 7 with MIGraphX, from AMD",
+        program("rocminfo", home="ROCM_PATH", says_version=False),
+    ),
+)  # fmt: skip
+
 ASCEND = (
     ONNX, ONNXRUNTIME,
     Tool(
@@ -177,9 +218,9 @@ MLU = (
     ),
 )  # fmt: skip
 
-TOOLS: Mapping[str, tuple[Tool, ...]] = {"cpu": CPU, "ascend": ASCEND, "mlu": MLU}
+TOOLS: Mapping[str, tuple[Tool, ...]] = {"cpu": CPU, "cuda": CUDA, "rocm": ROCM, "ascend": ASCEND, "mlu": MLU}
 
-HOMES = ("ASCEND_HOME_PATH", "NEUWARE_HOME")
+HOMES = ("ASCEND_HOME_PATH", "NEUWARE_HOME", "ROCM_PATH")
 """Environment variables that say where a vendor's tools are."""
 
 

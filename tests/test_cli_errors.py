@@ -62,7 +62,7 @@ BAD = [
     (RUN + " --save-session {directory}", "the session to save is a directory"),
     (COMPILE, "the following arguments are required: -o/--output"),
     ("compile {checkpoint} -o {new}", "the following arguments are required: --target"),
-    (COMPILE + "q -o {new}", "unknown target 'cpuq'; allowed: ascend, cpu, mlu"),
+    (COMPILE + "q -o {new}", "unknown target 'cpuq'; allowed: ascend, cpu, cuda, mlu, rocm"),
     (COMPILE + ":x86-64-v9 -o {new}", "unknown arch 'x86-64-v9'"),
     (COMPILE + " -o {new} --format tv", "unknown format 'tv'; allowed: onnx, tvm"),
     (COMPILE + " -o {new} --numerics fast", "numerics 'fast'; allowed: exact"),

@@ -193,7 +193,8 @@ def test_a_peak_that_is_missing_is_replaced_and_said(kjv: Workload) -> None:
 def test_devices_are_whole() -> None:
     devices = load_devices()
     assert {"ascend-910b2", "ascend-910c-die", "ascend-950pr", "ascend-950dt", "mlu370-x8", "mlu590", "h200",
-            "h100", "b200", "mi300x", "mi355x"} <= devices.keys()  # fmt: skip
+            "h100", "b200", "mi300x", "mi355x", "a100-80gb", "l40s", "rtx-4090", "mi250x",
+            } <= devices.keys()  # fmt: skip
     assert all(
         d.source and set(d.peaks) == {"f32", "bf16", "fp16", "int8", "fp8", "fp4"} for d in devices.values()
     )
@@ -201,6 +202,9 @@ def test_devices_are_whole() -> None:
     assert card.memory == 2 * (die.memory or 0) and card.bandwidth == 2 * (die.bandwidth or 0)
     assert die.memory_rate == 0.6 * 1.6e12 and die.compute_rate(("fp8", "int8")) == ("int8", 0.7 * 752e12)
     assert devices["mlu590"].compute_rate(("bf16", "f32")) is None
+    die, card = devices["mi250x-die"], devices["mi250x"]
+    assert card.memory == 2 * (die.memory or 0) and card.peaks["bf16"] == 2 * (die.peaks["bf16"] or 0)
+    assert devices["rtx-5090"].memory is None is devices["rtx-5090"].compute_rate(("bf16",))
     assert devices["mlu370-x8"].efficiency == {"compute": 0.7, "memory": 0.6, "link": 0.7}  # the default
 
 
@@ -267,6 +271,21 @@ def test_near_a_published_figure(flash: Workload) -> None:
     w = survey(flash.module, {"experts": "int8", "shared": "int8", "linears": "int8"})
     found = ask(w, device("ascend-910c-die"), batch=7168, context=8192, devices=64)
     assert 0.5 * 27.82e-3 < (found.seconds_per_token or 0) < 1.2 * 27.82e-3
+
+
+@pytest.mark.parametrize("name", ["h200", "mi300x"])
+def test_flash_on_eight_cards(flash: Workload, name: str) -> None:
+    """Every card holds all that is dense and an eighth of the experts, and reads what a token needs."""
+    card = device(name)
+    found = ask(flash, card, batch=1, context=8192, devices=8)
+    assert found.placement.fits and len(found.placement.memory) == 8
+    experts = sum(sum(layer.experts) for layer in flash.layers)
+    assert {m.experts for m in found.placement.memory} == {experts // 8}
+    assert all(8e9 < m.dense < 9e9 and m.total < 0.9 * (card.memory or 0) for m in found.placement.memory)
+    read = sum(p.weight_bytes for p in found.decode.parts)
+    assert found.decode.bound == "memory" and found.seconds_per_token is not None
+    assert read / card.memory_rate < found.seconds_per_token < 1.2 * read / card.memory_rate  # type: ignore[operator]
+    assert bool(found.published) is (name == "h200")  # of MI300X nobody's figure is at hand
 
 
 # ------------------------------------------------------------------------------------ bad input
@@ -368,7 +387,7 @@ def test_command_where_nothing_is_published(dsv4c: Call) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{kjv} --device h20", "unknown device 'h20'; allowed: ascend-910b2"),
+        ("{kjv} --device h20", "unknown device 'h20'; allowed: a100-80gb"),
         ("{kjv} --device h200 --batch 0", "batch = 0; allowed: at least 1"),
         ("{kjv} --device h200 --batch x", "'x' is not a list"),
         ("{kjv} --device h200 --weights expert=int8", "unknown weight class 'expert'"),

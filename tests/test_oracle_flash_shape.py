@@ -51,7 +51,7 @@ def test_flash_over_sixteen_devices(target: str) -> None:
     module.store = NoBytes()
     chosen, passes = TARGETS[target], "with(bind_shapes{stages=16, context=8192})"
     fast = chosen.numerics["fast"].replace('head="int8"', 'head="int8", samples=0')
-    lowered = api.lower(module, target, passes=(fast, passes)).module
+    lowered = api.lower(module, target, "onnx", passes=(fast, passes)).module
     artifact: Any = Sizes()
     assert chosen.dialect is not None
     emit_static(lowered, module.store, artifact, chosen.dialect())
@@ -71,7 +71,14 @@ def test_flash_over_sixteen_devices(target: str) -> None:
 
 @pytest.mark.parametrize(
     ("target", "numerics", "stages", "low", "high"),
-    [("ascend:950", "fast", 4, 155e9, 165e9), ("mlu:590", "half", 16, 568e9, 575e9)],
+    [
+        ("ascend:950", "fast", 4, 155e9, 165e9),
+        ("mlu:590", "half", 16, 568e9, 575e9),
+        ("cuda:sm_90a", "fast", 8, 155e9, 165e9),
+        ("cuda:sm_80", "fast", 8, 568e9, 575e9),
+        ("rocm:gfx942", "fast", 8, 155e9, 165e9),
+        ("rocm:gfx942", "half", 8, 568e9, 575e9),
+    ],
 )
 def test_flash_in_other_formats(target: str, numerics: str, stages: int, low: float, high: float) -> None:
     """Every node is legal; released codes take 160 GB in all, FP16 two bytes a number."""
@@ -86,8 +93,8 @@ def test_flash_in_other_formats(target: str, numerics: str, stages: int, low: fl
         dataclasses.replace(arch, numerics=unread),
         f"with(bind_shapes{{stages={stages}, context=8192}})",
     )
-    _, pipeline = api.in_numerics(family, arch, family.format(""), numerics, passes)
-    lowered = api.lower(module, target, passes=pipeline).module
+    _, pipeline = api.in_numerics(family, arch, family.format("onnx"), numerics, passes)
+    lowered = api.lower(module, target, "onnx", passes=pipeline).module
     artifact: Any = Sizes()
     dialect = family.dialect_of(arch)
     assert dialect is not None

@@ -24,7 +24,14 @@ from dsv4c.targets import TARGETS
 from dsv4c.targets.hardware import device
 
 EXACT = ("ascend:910c", "mlu:590")
-ARCHS = [f"{t.name}:{a.name}" for t in TARGETS.values() if t.dialect for a in t.archs]
+ALWAYS = ("ascend", "mlu", "cuda:sm_90a", "rocm:gfx942")
+"""The archs that every run takes: those of GPUs differ in their figures more than in what is emitted."""
+ARCHS = [
+    pytest.param(name, marks=() if name.startswith(ALWAYS) else pytest.mark.oracle)
+    for name in (f"{t.name}:{a.name}" for t in TARGETS.values() if t.dialect for a in t.archs)
+]
+EXACT_CODES = (("ascend:950", "fast"), ("rocm:gfx942", "fast"))
+"""Where the released codes are kept and nothing, or nothing but by powers of two, is rounded."""
 GOLDEN = ("v4", "v4_r16")
 SHAPES = 'with(bind_shapes{tokens="1,24", batch=1, context=512})'
 
@@ -43,7 +50,8 @@ def built(models: Models, folder: Path, name: str, target: str, numerics: str, p
     """The artifact of a checkpoint, made once."""
     path = folder / f"{name}-{target.replace(':', '-')}-{numerics}-{abs(hash(passes))}.dsv4"
     if not path.exists():
-        dsv4c.compile(models.checkpoint(name), output=path, target=target, numerics=numerics, passes=passes)
+        dsv4c.compile(models.checkpoint(name), output=path, target=target, numerics=numerics, format="onnx",
+                       passes=passes)  # fmt: skip
     return path
 
 
@@ -88,7 +96,7 @@ def test_every_arch_verifies_block_by_block(models: Models, folder: Path, target
     assert blocks == [f"block layers.{i}" for i in range(5)] and checks[-1].name == "logits"
     if numerics == "exact":
         assert max(c.error for c in checks) < 1e-5
-    elif (target, numerics) != ("ascend:950", "fast"):  # where a power of two leaves no other side of a step
+    elif (target, numerics) not in EXACT_CODES:
         assert any(c.error > 1e-6 for c in checks)  # rounded inputs: it did take the other arithmetic
 
 

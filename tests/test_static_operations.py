@@ -83,7 +83,7 @@ def experts(c: Small, kind: str, rounding: str, count: int, inner: int, width: i
 
     x = c.b.input("x", f32(B, T, width))
     operands = [
-        c.b.op("round_values", x, rule="fp16") if rounding == "fp16" else x,
+        c.b.op("round_values", x, rule=rounding) if rounding in ("fp16", "bf16") else x,
         c.b.input("ids", i32(B, T, 2)), c.b.input("g", f32(B, T, 2)), c.b.input("n_valid", i32(B)),
         stacked("w13", 2 * inner, width), stacked("w2", width, inner),
     ]  # fmt: skip
@@ -100,6 +100,7 @@ def experts(c: Small, kind: str, rounding: str, count: int, inner: int, width: i
         ("ascend:950", "fp16", "fp16", 2e-3),
         ("mlu:590", "fp16", "none", 1e-5),
         ("ascend:950", "f32", "mxfp8", 1e-5),
+        *(("cuda:sm_90a", kind, "bf16", 2e-2) for kind in ("fp8", "mxfp8", "mxfp4")),
     ],
 )
 def test_experts(
@@ -126,6 +127,19 @@ def test_fp16_products_round_their_results(tmp_path: Path, name: str) -> None:
     got, want = c.run(7, x=normal(c.rng, 1, 7, 2, 96))
     assert np.array_equal(got, got.astype(np.float16)) and (got == want).mean() > 0.95
     close(got, want, 1e-3)
+
+
+@pytest.mark.parametrize(("target", "kind", "message"), [
+    ("cuda:sm_90a", "fp8_f32", r'layers.0.attn: expert_mlp with rounding = "bf16" over other numbers'),
+    ("ascend:950", "mxfp4", r"has no expert_mlp with rounding = 'bf16'; allowed: none, fp16, mxfp8"),
+])  # fmt: skip
+def test_bf16_experts_need_exact_weights_and_a_product(
+    tmp_path: Path, target: str, kind: str, message: str
+) -> None:
+    c = Small(tmp_path, target)
+    experts(c, kind, "bf16", 4, 32, 128)
+    with pytest.raises(TargetError, match=message):
+        c.run(1, x=normal(c.rng, 1, 1, 128))
 
 
 def test_fp16_experts_need_fp16_weights(tmp_path: Path) -> None:

@@ -23,19 +23,22 @@ renames it to "ai.onnx", and the later of two versions of one domain counts."""
 INTEGERS = {"i32": 6, "i64": 7}
 """TensorProto codes of the types that indices may have."""
 
-ELEMENTS = {1: "f32", 2: "u8", 3: "i8", 6: "i32", 7: "i64", 9: "bool", 10: "f16", 16: "bf16", 17: "f8e4m3"}
+ELEMENTS = {
+    1: "f32", 2: "u8", 3: "i8", 6: "i32", 7: "i64", 9: "bool", 10: "f16", 16: "bf16",
+    17: "f8e4m3", 18: "f8e4m3fnuz",
+}  # fmt: skip
 """TensorProto codes of the element types that the emitter uses, under their names here."""
 
 
 @dataclass(frozen=True)
 class VendorNode:
-    """A node outside ONNX that carries its meaning along.
+    """A node that does the whole of an op, and carries its meaning along where ONNX does not know it.
 
     Attributes:
-        domain, name: what the consumer knows it by.
+        domain, name: what the consumer knows it by; "" is the domain of ONNX.
         inputs, outputs: names of the function's parameters.
         attributes: name -> default, written as in ONNX text (`1e-06`), or "" for none.
-        body: the meaning as ONNX text in standard nodes; `@name` is an attribute.
+        body: the meaning as ONNX text in standard nodes; `@name` is an attribute. "" for a node of ONNX.
     """
 
     domain: str
@@ -73,6 +76,9 @@ class Dialect:
         runs_as: the version of the standard nodes where ONNX Runtime stands in for the consumer, for element
             types that ONNX has only since; it must mean the same. 0 where that is `opset`.
         held: floats that one block of tokens of attention may hold in temporaries.
+        provider: the execution provider of ONNX Runtime that reads such files on the device; "" where another
+            program does.
+        provider_options: what that provider is told, so that it rounds nowhere but where the graph does.
     """
 
     name: str
@@ -85,12 +91,14 @@ class Dialect:
     vendor: Mapping[str, VendorNode] = field(default_factory=dict)
     runs_as: int = 0
     held: int = 1 << 26
+    provider: str = ""
+    provider_options: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.index not in INTEGERS or self.index not in self.elements:
             raise TargetError(f"index type {self.index!r}", where=self.name, allowed=", ".join(INTEGERS))
         for role, node in self.vendor.items():
-            if f"{node.domain}::{node.name}" not in self.nodes:
+            if f"{node.domain or 'ai.onnx'}::{node.name}" not in self.nodes:
                 raise TargetError(f"{role} is {node.domain}::{node.name}, not in its nodes", where=self.name)
 
     def version_of(self, domain: str) -> int:
@@ -131,7 +139,10 @@ class Dialect:
         name = ELEMENTS.get(element, f"type {element}")
         if name not in self.elements:
             allowed = ", ".join(sorted(self.elements))
-            raise TargetError(f"{what} is of {name}, which {self.name} lacks", where=where, allowed=allowed)
+            raise TargetError(
+                f"{what} is of {name}, which {self.name} lacks", where=where, allowed=allowed,
+                hint="choose numerics or passes that store and round otherwise: dsv4c targets lists numerics",
+            )  # fmt: skip
         if rank > self.max_rank:
             raise TargetError(f"{what} has {rank} axes", where=where, allowed=f"{self.max_rank}")
 

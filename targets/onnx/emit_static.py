@@ -15,6 +15,7 @@ from onnx import TensorProto, ValueInfoProto
 from dsv4c.errors import TargetError
 from dsv4c.ir.clone import clone
 from dsv4c.ir.dtypes import DType
+from dsv4c.ir.formats import Scheme
 from dsv4c.ir.graph import Module, Op, Value
 from dsv4c.ir.packed import packed_form
 from dsv4c.ir.streams import stream_values
@@ -22,7 +23,7 @@ from dsv4c.ir.weights import TensorStore, WeightExpr
 from dsv4c.runtime.container import ArtifactWriter
 from dsv4c.targets.stages import Stage, extended_state, split
 
-from . import static_linear, static_moe, static_rounding
+from . import static_linear, static_moe, static_rounding, static_streams
 from .dialect import Dialect
 from .emit import Progress, append_of, output_name, weight_names
 from .host import HostPart, host_part, write_host
@@ -38,15 +39,16 @@ STATIC_LOWERINGS: dict[str, Lowering] = {
     "linear": static_linear.linear,
     "grouped_linear": static_linear.grouped_linear,
     "round_values": static_rounding.round_values,
+    "hc_collapse": static_streams.hc_collapse,
+    "hc_expand": static_streams.hc_expand,
 }
 """Op name -> lowering where every size is known."""
 
 SECTION = "onnx."
 """In front of a program's name."""
 
-_INT8 = frozenset({"int8"})
-_FP8 = _INT8 | {"fp8", "fp8_f32", "mxfp8", "mxfp4"}
-"""Schemes that are stored as they are, where there are no 8-bit floats and where there are."""
+_FLOAT8 = {DType.F8E4M3: "f8e4m3", DType.F8E4M3FNUZ: "f8e4m3fnuz"}
+"""Codes that a dialect may have an element type for."""
 
 _DOWN = ("expert_mlp", 5)
 """The operand that is stored with its last two axes swapped; see `static_moe`."""
@@ -84,8 +86,9 @@ def emit_static(
 
     meta["onnx"] = {"location", "tensors", "states", "host"} as `emit_onnx` writes them, and "static":
     {"batch", "context", "buckets": [{"tokens", "programs": [{"name", "stage", "probes": {layer: tensor},
-    "border": {"inputs": [names], "outputs": [[name, NumPy dtype, shape]]}}]}], "dialect", "opset"}. What a
-    stage reads of earlier ones is called as their output was, with ".in" behind it, as "streams.in".
+    "border": {"inputs": [names], "outputs": [[name, NumPy dtype, shape]]}}]}], "dialect", "opset",
+    "provider": [name, options] or null}. What a stage reads of earlier ones is called as their output was,
+    with ".in" behind it, as "streams.in".
 
     Raises:
         TargetError: an op has no lowering, or a node, type or rank is outside the dialect; names the layer.
@@ -113,6 +116,7 @@ def emit_static(
     static = {
         "batch": shapes.batch, "context": shapes.context, "buckets": buckets,
         "dialect": dialect.name, "opset": dialect.opset,
+        "provider": [dialect.provider, dict(dialect.provider_options)] if dialect.provider else None,
     }  # fmt: skip
     names = [part.name for parts in stored for part in parts]
     states = {n: _state(module, n, v) for n, v in module.states.items() if n not in host.states}
@@ -138,12 +142,17 @@ def _check(module: Module, dialect: Dialect) -> None:
             raise TargetError(
                 f"{dialect.name} has no {op.name}", where=op.loc or module.name, allowed=allowed
             )
-        rounding = op.attrs.get("rounding", "none")
-        if rounding not in (("none", "fp16", "mxfp8") if op.name == "expert_mlp" else ("none",)):
+        known = _expert_roundings(dialect) if op.name == "expert_mlp" else ("none",)
+        if (rounding := op.attrs.get("rounding", "none")) not in known:
             raise TargetError(
                 f"{dialect.name} has no {op.name} with rounding = {rounding!r}", where=op.loc or module.name,
-                allowed="none" + (", fp16, mxfp8" if op.name == "expert_mlp" else ""),
+                allowed=", ".join(known),
             )  # fmt: skip
+
+
+def _expert_roundings(dialect: Dialect) -> tuple[str, ...]:
+    """How experts may round: in BF16 only where there is such a product."""
+    return ("none", "fp16", "mxfp8", *(["bf16"] if "bf16_matmul" in dialect.vendor else []))
 
 
 def _store(
@@ -174,10 +183,21 @@ def _parts(op: Op, dialect: Dialect) -> tuple[WeightExpr, WeightExpr | None]:
     if swapped == {True, False}:
         raise TargetError("a down projection of experts is read by another op too", where=op.loc)
     held = packed_form(op.weight)
-    if held is None or held.scheme.name not in (_FP8 if "f8e4m3" in dialect.elements else _INT8):
+    if held is None or not _stays_codes(held.scheme, _is_gathered(op), dialect):
         return transposed(op.weight) if True in swapped else op.weight, None
     down = True in swapped and held.scheme.name == "int8"
     return transposed(held.codes) if down else held.codes, held.scales
+
+
+def _stays_codes(scheme: Scheme, gathered: bool, dialect: Dialect) -> bool:
+    """Whether a weight is stored as it is: INT8 anywhere; the rest where there are 8-bit floats, of its kind
+    unless bytes stand for them."""
+    known = dialect.elements.intersection(_FLOAT8.values())
+    if scheme.name == "int8" or not known or scheme.tensor_scale:
+        return scheme.name == "int8"
+    if scheme.code is DType.F4E2M1X2:
+        return True
+    return scheme.code in _FLOAT8 and (gathered or _FLOAT8[scheme.code] in known)
 
 
 def _is_gathered(op: Op) -> bool:

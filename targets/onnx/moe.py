@@ -79,3 +79,13 @@ def _active(g: Context, route_expert: V, experts: int) -> V:
     one = g.op("Expand", 1, g.op("Shape", route_expert))
     named = g.op("ScatterElements", none, route_expert, one, axis=0)
     return g.op("Squeeze", g.op("NonZero", g.op("Slice", named, [0], [experts], [0])), [0])
+
+
+def shares(g: Context, op: Op) -> V:
+    """[N,E]: the routing weight of each expert for each token, 0 where it was not chosen."""
+    tokens, chosen = size(op, 0, 0) * size(op, 0, 1), size(op, 1, 2)
+    ids = g.op("Reshape", g.tensor(op, 1), [tokens, chosen, 1])
+    weights = g.op("Reshape", g.tensor(op, 2), [tokens, chosen, 1])
+    experts = list(range(size(op, 4, 0)))
+    is_expert = g.op("Equal", ids, g.op("Reshape", experts, [1, 1, -1]))
+    return g.op("ReduceSum", g.op("Where", is_expert, weights, 0.0), [1], keepdims=0)

@@ -48,6 +48,22 @@ MX = (
 become MXFP8 and MXFP4, and inputs are rounded to MXFP8. Compressors and the head, which are released in BF16,
 stay numbers."""
 
+FP8_BF16 = (
+    'requantise{experts="mxfp4", shared="fp8", linears="fp8", compressor="", embedding="", head="",'
+    ' plain_only=true},quantise_activations{rule="bf16_fp8"},default,with(narrow_weights{storage="fp8"})'
+)
+"""The released codes with inputs and results of FP8 matrices in BF16: products of BF16 numbers by decoded
+ones. Matrices that are numbers become FP8 in blocks of 128 x 128, and MXFP4."""
+
+FNUZ = (
+    'requantise{experts="mxfp4", shared="", linears="", compressor="", embedding="", head="",'
+    " plain_only=true},"
+    'requantise{experts="", shared="fp8_fnuz", linears="fp8_fnuz", compressor="", embedding="", head=""},'
+    'default,with(narrow_weights{storage="fp8"})'
+)
+"""The released numbers in the FNUZ kind of E4M3: the same bits stand for half, so scales are doubled, and
+nothing is rounded. Experts stay FP4; products are FP32."""
+
 HALF = (
     'requantise{experts="fp16", shared="fp16", linears="fp16", compressor="fp16", embedding="", head="fp16"}'
     ',quantise_activations{rule="fp16"},default,with(narrow_weights{storage="fp16"})'

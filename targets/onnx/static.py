@@ -19,7 +19,7 @@ from dsv4c.errors import TargetError
 from dsv4c.ir.formats import Scheme
 from dsv4c.ir.graph import Op, Value
 
-from . import static_codes
+from . import static_codes, static_norms
 from .dialect import INTEGERS, LATER, Dialect, VendorNode
 from .folding import fold
 from .graph import Arg, Body, Infos
@@ -271,35 +271,12 @@ class StaticContext(Context):
         return values, self.cast_index(places)
 
     def rms_norm(self, x: V, weight: V | None, eps: float, width: int = 0) -> V:
-        if "rms_norm" in self.dialect.vendor:
-            gamma = weight or self.op("Expand", 1.0, [width])
-            types = [(TensorProto.FLOAT, self.shape_of(x)), None]
-            return self.vendor("rms_norm", [x, gamma], types, epsilon=eps)[0]
-        mean = self.op("ReduceMean", self.op("Mul", x, x), [-1], keepdims=1)
-        y = self.op("Mul", x, self.op("Div", 1.0, self.op("Sqrt", self.op("Add", mean, eps))))
-        return self.op("Mul", y, weight) if weight else y
+        return static_norms.rms_norm(self, x, weight, eps, width)
 
     def rotate(self, x: V, cos: V, sin: V, width: int, heads: int | None, halves: bool = False) -> V:
         if halves:
             raise TargetError("rotary of halves has no fixed shapes", where=self.where, allowed="pairs")
-        sizes, r, heads = self.shape_of(x), width, heads or 1
-        b, n = sizes[:2]
-        if "rotary" in self.dialect.vendor:
-            twice = [self._repeated(angle, b, n, r) for angle in (cos, sin)]
-            flat = self.op("Reshape", x, [b, n, heads, r])
-            types = [(TensorProto.FLOAT, (b, n, heads, r))]
-            turned = self.vendor("rotary", [flat, *twice], types, mode=1)[0]
-            return self.op("Reshape", turned, list(sizes))
-        cos, sin = (self.op("Reshape", angle, [b, n, 1, r // 2, 1]) for angle in (cos, sin))
-        even, odd = self.multi("Split", 2, self.op("Reshape", x, [b, n, heads, r // 2, 2]), [1, 1], axis=-1)
-        left = self.op("Sub", self.op("Mul", even, cos), self.op("Mul", odd, sin))
-        right = self.op("Add", self.op("Mul", even, sin), self.op("Mul", odd, cos))
-        return self.op("Reshape", self.op("Concat", left, right, axis=-1), list(sizes))
-
-    def _repeated(self, angle: V, b: int, n: int, r: int) -> V:
-        """[B,N,R/2] -> [B,N,1,R], every angle twice."""
-        pairs = self.op("Expand", self.op("Reshape", angle, [b, n, 1, r // 2, 1]), [b, n, 1, r // 2, 2])
-        return self.op("Reshape", pairs, [b, n, 1, r])
+        return static_norms.rotate(self, x, cos, sin, width, heads or 1)
 
     def gather_rows(self, x: V, index: V) -> V:
         """x [B,N,D] at index [B,...] -> [B,...,D], by plain Gather over the joined rows."""
@@ -348,7 +325,8 @@ class StaticContext(Context):
         for name, type_ in zip(outputs, types, strict=True):
             if type_:
                 self.declare(name, *type_)
-        self._functions.setdefault(f"{node.domain}::{node.name}", self._function(node))
+        if node.body:
+            self._functions.setdefault(f"{node.domain}::{node.name}", self._function(node))
         return outputs
 
     def _function(self, node: VendorNode) -> FunctionProto:

@@ -31,6 +31,16 @@ def table(g: StaticContext, dtype: DType) -> V:
     return g.constant(numbers if numbers.shape[1] > 1 else numbers[:, 0])
 
 
+def by_row(g: StaticContext, scales: V, scheme: Scheme, n: int, k: int) -> V:
+    """E8M0 scales [R,C] of a matrix [n,k] -> FLOAT [n,C], those of its rows."""
+    numbers = _numbers(g, scales, DType.F8E8M0)
+    (rows, columns), high = g.shape_of(scales), scheme.tile(n, k)[0]
+    if high == 1:
+        return numbers
+    spread = g.op("Expand", g.op("Reshape", numbers, [rows, 1, columns]), [rows, high, columns])
+    return g.op("Slice", g.op("Reshape", spread, [rows * high, columns]), [0], [n], [0])
+
+
 def _numbers(g: StaticContext, stored: V, dtype: DType) -> V:
     """FLOAT numbers of codes or scales; `dtype` says what bytes mean."""
     element = g.element_of(stored)

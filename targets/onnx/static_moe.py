@@ -13,9 +13,10 @@ from onnx import TensorProto
 from dsv4c.errors import TargetError
 from dsv4c.ir.graph import Op
 
-from . import static_codes
+from . import static_bf16, static_codes
 from .core import limited_swiglu
 from .lowering import Context, V, number, size
+from .moe import shares
 from .static import StaticContext
 from .static_rounding import e4m3
 
@@ -28,10 +29,11 @@ def expert_mlp(g: Context, op: Op) -> V:
 
     Numbers and INT8 codes of w2 are stored [E,I,d], codes in blocks as they were. Padding passes through like
     any token: its rows are its own. With rounding = "fp16" products are of FLOAT16, one for each expert, with
-    a reshape between them and casts; see `static_linear.half_of`.
+    a reshape between them and casts; see `static_linear.half_of`. With rounding = "bf16" they are those of
+    `static_bf16`.
 
     Raises:
-        TargetError: rounding = "fp16" over weights or rows that are not FP16 numbers.
+        TargetError: rounding = "fp16" or "bf16" over weights or rows that are not such numbers.
     """
     assert isinstance(g, StaticContext)
     halves = g.is_half(op, 4) and g.is_half(op, 5) and g.tensor(op, 0) in g.halves
@@ -41,8 +43,12 @@ def expert_mlp(g: Context, op: Op) -> V:
             allowed="weights in FP16, rows rounded to FP16",
             hint='requantise, quantise_activations, narrow_weights with experts, rule and storage of fp16',
         )  # fmt: skip
+    few, many = _gathered, _dense
+    if op.attrs["rounding"] == "bf16":
+        static_bf16.check(g, op)
+        few, many = static_bf16.few, static_bf16.many
     routes = size(op, 1, 0) * size(op, 1, 1) * size(op, 1, 2)
-    body = _gathered if GATHER_COST * routes <= size(op, 4, 0) else _dense
+    body = few if GATHER_COST * routes <= size(op, 4, 0) else many
     return g.op("Reshape", body(g, op), list(g.shape_of(g.tensor(op, 0))))
 
 
@@ -132,7 +138,7 @@ def _dense(g: StaticContext, op: Op) -> V:
     """
     experts, inner, width = size(op, 4, 0), size(op, 5, 2), size(op, 0, 2)
     tokens, half = size(op, 0, 0) * size(op, 0, 1), op.attrs["rounding"] == "fp16"
-    rows, share = g.op("Reshape", _rows(g, op), [tokens, width]), _shares(g, op)
+    rows, share = g.op("Reshape", _rows(g, op), [tokens, width]), shares(g, op)
     each = tokens * (2 * inner + width) if half else 2 * inner * width
     packed = half or any(g.scheme(op, i) is not None for i in (4, 5))
     step = max(1, min(experts, g.dialect.held // each)) if packed else experts
@@ -176,13 +182,3 @@ def _some(g: StaticContext, op: Op, index: int, first: int, last: int) -> V:
     if index == 5 and not down:
         numbers = g.op("Transpose", numbers, perm=[0, 2, 1])
     return g.op("Reshape", numbers, [(last - first) * height, width])
-
-
-def _shares(g: StaticContext, op: Op) -> V:
-    """[N,E]: the routing weight of each expert for each token, 0 where it was not chosen."""
-    tokens, chosen = size(op, 0, 0) * size(op, 0, 1), size(op, 1, 2)
-    ids = g.op("Reshape", g.tensor(op, 1), [tokens, chosen, 1])
-    weights = g.op("Reshape", g.tensor(op, 2), [tokens, chosen, 1])
-    experts = list(range(size(op, 4, 0)))
-    is_expert = g.op("Equal", ids, g.op("Reshape", experts, [1, 1, -1]))
-    return g.op("ReduceSum", g.op("Where", is_expert, weights, 0.0), [1], keepdims=0)

@@ -94,7 +94,8 @@ def store_weight(
 
 _CODES = {
     DType.I8: TensorProto.INT8, DType.F8E4M3: TensorProto.FLOAT8E4M3FN, DType.F4E2M1X2: TensorProto.UINT8,
-    DType.F8E8M0: TensorProto.UINT8, DType.F32: TensorProto.FLOAT,
+    DType.F8E4M3FNUZ: TensorProto.FLOAT8E4M3FNUZ, DType.F8E8M0: TensorProto.UINT8,
+    DType.F32: TensorProto.FLOAT,
 }  # fmt: skip
 """Types of codes and scales -> what ONNX is told; pairs of E2M1, and E8M0, are bytes."""
 
