@@ -284,12 +284,11 @@ def compile(
 
     Args:
         target: `name` or `name:arch`, see `dsv4c targets`.
-        numerics: "" is the target's first. "exact" is stored weights dequantised and FP32 arithmetic.
-            "reference" rounds where the published code rounds (format "tvm" only); its artifacts carry no
-            golden vectors, as a rounding that falls the other way at a tie changes every later token. "fast"
-            is what a device does best: INT8 on Ascend 910 and MLU, the checkpoint's own FP8 and FP4 with
-            MXFP8 inputs on Ascend 950, with BF16 ones on CUDA, as FNUZ on gfx942. "half" is FP16 products
-            on those devices.
+        numerics: "" is the target's first. "exact" is stored weights dequantised and FP32 arithmetic. "bf16"
+            rounds what matrices are multiplied by to BF16 (CPU, format "tvm"). "reference" rounds where the
+            published code does; it has no golden vectors, as ties change every later token. "fast" is what a
+            device does best: INT8 on Ascend 910 and MLU, the checkpoint's own FP8 and FP4 with MXFP8 inputs
+            on Ascend 950, BF16 on CUDA, as FNUZ on gfx942. "half" is FP16 products on those devices.
         format: "tvm" or "onnx", see `dsv4c targets`; "" is the target's first.
         passes, plugins, verify_passes: see `lower`.
         golden: put a prompt with the evaluator's results into the artifact, for `verify`.

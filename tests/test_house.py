@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "passes": {"passes", "ir", "errors"},
     "runtime": {"runtime", "errors"},
     # targets write artifacts; how they are executed is not their business
-    "targets": {"targets", "passes", "ir", "errors", "runtime.container", "runtime.images"},
+    "targets": {"targets", "passes", "ir", "errors", "runtime.container", "runtime.cpu", "runtime.images"},
     "testing": {"ir", "passes", "errors"},
     "api": {"frontend", "ir", "passes", "targets", "runtime", "errors"},
     "quality": {"api", "ir", "passes", "runtime", "targets", "errors"},

@@ -8,13 +8,10 @@ errors.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, valid-type, misc"
 from __future__ import annotations
 
-from tvm.ir import PointerType, PrimType
 from tvm.script import tirx as T
 
 from dsv4c.runtime.container.handles import (
     BEGIN,
-    DEPTH,
-    FAIL,
     OLDEST,
     SPREAD,
     WAIT,
@@ -28,43 +25,16 @@ from dsv4c.runtime.container.handles import (
 )
 from dsv4c.runtime.container.tables import BLOCK, SEED
 
-_MONOTONIC, _INTERRUPTED = 1, 4
-"""A clock, and an error number, of Linux."""
+from .engram_reads import at, copied, copy, fail, locked, reap, submit, void
+
+_MONOTONIC = 1
+"""A clock of Linux."""
 _ENDLESS = 1 << 40
 """Elements of memory whose size only the runtime knows."""
 _LINE = 2 * WAYS
 """Numbers per set of a cache: row ids, then ages."""
 _SPENT = -(2**40)
 """The result of a slot that was given back."""
-
-
-def _at(dtype: str, address):
-    """An address as a pointer."""
-    return T.reinterpret(PointerType(PrimType(dtype), "global"), address)
-
-
-def _void(address):
-    return T.reinterpret("handle", address)
-
-
-def _copied(to, source, count):
-    """Copy bytes; the address they went to."""
-    return T.call_extern("int64", "memcpy", to, source, T.int64(count))
-
-
-def _copy(to, source, count):
-    return T.evaluate(_copied(to, source, count))
-
-
-def _locked(change: str, H):
-    """`change` is "lock" or "unlock"."""
-    place = _void(H[Handle.STORE] + 8 * Store.LOCK)
-    return T.evaluate(T.call_extern("int32", f"pthread_mutex_{change}", place))
-
-
-def _fail(H, reason: int, a, b):
-    """Raises an error of the runtime's, which ends the kernel; nothing may be locked."""
-    return T.evaluate(T.call_packed(FAIL, H[Handle.NUMBER], T.int64(reason), a, b))
 
 
 def _home(H, row):
@@ -83,52 +53,6 @@ def _touch(H, Shared, Ages, place):
         Shared[Store.AGE] = T.int64(1)
     Shared[Store.AGE] = Shared[Store.AGE] + 1
     Ages[place] = T.cast(Shared[Store.AGE], "int32")
-
-
-@T.inline
-def _error_number(N):
-    """N[0] = errno."""
-    place: T.let[T.handle("int32", "global")] = _at("int32", T.call_extern("int64", "__errno_location"))
-    Number = T.decl_buffer((1,), "int32", data=place)
-    N[0] = T.cast(Number[0], "int64")
-
-
-@T.inline
-def _submit(H, Q):
-    """Hand over what was started; a request that the system refuses ends with its error number."""
-    N = T.alloc_buffer((3,), "int64", scope="local")  # an error number, how many are done, one result
-    N[1] = T.int64(0)
-    while N[1] < Q[Queue.STARTED]:
-        N[2] = T.call_extern(
-            "int64", "syscall", Q[Queue.SUBMIT], Q[Queue.CONTEXT], Q[Queue.STARTED] - N[1],
-            T.address_of(Q[T.int64(Queue.POINTERS) + N[1]]),
-        )  # fmt: skip
-        if N[2] > 0:
-            N[1] = N[1] + N[2]
-        else:
-            _error_number(N)
-            for j in T.serial(Q[Queue.STARTED] - N[1]):
-                request = T.meta_var(Q[T.int64(Queue.POINTERS) + N[1] + j] - H[Handle.QUEUE])
-                Q[T.int64(Queue.RESULTS) + (request // 8 - Queue.REQUESTS) // 8] = T.int64(0) - N[0]
-            N[1] = Q[Queue.STARTED]
-    Q[Queue.STARTED] = T.int64(0)
-
-
-@T.inline
-def _reap(H, Q, least):
-    """Note the results of reads that are done, of at least so many."""
-    N = T.alloc_buffer((2,), "int64", scope="local")  # an error number, how many came
-    N[1] = T.call_extern(
-        "int64", "syscall", Q[Queue.GET_EVENTS], Q[Queue.CONTEXT], T.int64(least), T.int64(DEPTH),
-        T.address_of(Q[Queue.EVENTS]),
-        T.if_then_else(T.bool(bool(least)), T.int64(0), H[Handle.QUEUE] + 8 * Queue.NEVER),
-    )  # fmt: skip
-    if N[1] < 0:
-        _error_number(N)
-        if N[0] != T.int64(_INTERRUPTED):
-            _fail(H, Failure.SYSTEM, N[0], T.int64(0))
-    for j in T.serial(T.max(N[1], T.int64(0))):
-        Q[T.int64(Queue.RESULTS) + Q[T.int64(Queue.EVENTS) + j * 4]] = Q[T.int64(Queue.EVENTS) + j * 4 + 2]
 
 
 def _lookup(record: int, page: int):
@@ -186,7 +110,7 @@ def _lookup(record: int, page: int):
             result = T.meta_var(Queue.RESULTS + K[j * Ticket.EACH + Ticket.SLOT])
             if Q[result] != T.int64(page):
                 number: T.let[T.int64] = T.cast(K[j * Ticket.EACH + Ticket.COLD] // slots, "int64")
-                _fail(H, Failure.READ, number, Q[result])
+                fail(H, Failure.READ, number, Q[result])
         for j in T.serial(K[Ticket.MISSING]):
             source: T.let[T.int64] = (
                 Q[Queue.MEMORY]
@@ -194,7 +118,7 @@ def _lookup(record: int, page: int):
                 + T.cast(K[j * Ticket.EACH + Ticket.COLD] % slots, "int64") * T.int64(record)
             )
             to: T.let[T.int64] = out + T.cast(K[j * Ticket.EACH + Ticket.INDEX], "int64") * T.int64(record)
-            _copy(_void(to), _void(source), record)
+            copy(void(to), void(source), record)
         for j in T.serial(K[Ticket.MISSING]):
             slot = T.meta_var(T.cast(K[j * Ticket.EACH + Ticket.SLOT], "int64"))
             if Q[T.int64(Queue.RESULTS) + slot] != T.int64(_SPENT):
@@ -205,7 +129,7 @@ def _lookup(record: int, page: int):
     @T.inline
     def verify(H, K, out):
         """Refuse a record that is not whole or of another row; see `container.tables.seal`."""
-        place: T.let[T.handle("uint32", "global")] = _at("uint32", out)
+        place: T.let[T.handle("uint32", "global")] = at("uint32", out)
         Words = T.decl_buffer((_ENDLESS,), "uint32", data=place)
         total = T.alloc_buffer((1,), "uint32")
         for j in T.serial(K[Ticket.MISSING]):
@@ -219,12 +143,12 @@ def _lookup(record: int, page: int):
                 or Words[first + (record // 4 - 2)] != T.cast(K[j * Ticket.EACH + Ticket.ID], "uint32")
             ):
                 number: T.let[T.int64] = T.cast(K[j * Ticket.EACH + Ticket.COLD] // slots, "int64")
-                _fail(H, Failure.SEAL, number, T.cast(K[j * Ticket.EACH + Ticket.ID], "int64"))
+                fail(H, Failure.SEAL, number, T.cast(K[j * Ticket.EACH + Ticket.ID], "int64"))
 
     @T.inline
     def keep(H, Shared, K, out):
         """Put a ticket's rows into the cache, unless they are there, in place of the least recently used."""
-        place: T.let[T.handle("int32", "global")] = _at("int32", H[Handle.AGES])
+        place: T.let[T.handle("int32", "global")] = at("int32", H[Handle.AGES])
         Ages = T.decl_buffer((_ENDLESS,), "int32", data=place)
         way = T.alloc_buffer((2,), "int64", scope="local")  # the oldest, and whether the row is there
         for j in T.serial(K[Ticket.MISSING]):
@@ -242,9 +166,9 @@ def _lookup(record: int, page: int):
                     Shared[Store.EVICTED] = Shared[Store.EVICTED] + 1
                 Ages[home + way[0]] = row
                 _touch(H, Shared, Ages, home + WAYS + way[0])
-                _copy(
-                    _void(H[Handle.RECORDS] + (home // _LINE * WAYS + way[0]) * record),
-                    _void(out + T.cast(K[j * Ticket.EACH + Ticket.INDEX], "int64") * T.int64(record)),
+                copy(
+                    void(H[Handle.RECORDS] + (home // _LINE * WAYS + way[0]) * record),
+                    void(out + T.cast(K[j * Ticket.EACH + Ticket.INDEX], "int64") * T.int64(record)),
                     record,
                 )
 
@@ -262,9 +186,9 @@ def engram_rows_begin(record: int, page: int, columns: int):
     @T.inline
     def rank(H, row, A):
         """A[0] = hot rows before a row, A[1] = whether it is hot itself."""
-        bits_at: T.let[T.handle("uint64", "global")] = _at("uint64", H[Handle.BITS])
+        bits_at: T.let[T.handle("uint64", "global")] = at("uint64", H[Handle.BITS])
         Bits = T.decl_buffer((_ENDLESS,), "uint64", data=bits_at)
-        ranks_at: T.let[T.handle("int32", "global")] = _at("int32", H[Handle.RANKS])
+        ranks_at: T.let[T.handle("int32", "global")] = at("int32", H[Handle.RANKS])
         Ranks = T.decl_buffer((_ENDLESS,), "int32", data=ranks_at)
         word = T.meta_var(row // BLOCK * (BLOCK // 64))
         last = T.meta_var(row % BLOCK // 64)
@@ -280,7 +204,7 @@ def engram_rows_begin(record: int, page: int, columns: int):
     @T.inline
     def find(H, Shared, row, A):
         """A[2] = where the cache has a row among its records, or -1; it is used now."""
-        ages_at: T.let[T.handle("int32", "global")] = _at("int32", H[Handle.AGES])
+        ages_at: T.let[T.handle("int32", "global")] = at("int32", H[Handle.AGES])
         Ages = T.decl_buffer((_ENDLESS,), "int32", data=ages_at)
         A[2] = T.int64(-1)
         if H[Handle.SETS] > T.int64(0):
@@ -301,17 +225,17 @@ def engram_rows_begin(record: int, page: int, columns: int):
             rank(H, T.cast(row, "int64"), A)
         if A[1] != T.int64(0):
             N[1] = N[1] + 1
-            _copy(T.address_of(F[i * record]), _void(H[Handle.HOT] + A[0] * record), record)
+            copy(T.address_of(F[i * record]), void(H[Handle.HOT] + A[0] * record), record)
         elif H[Handle.TIER] == T.int64(Tier.RESIDENT):
             cold: T.let[T.int64] = T.cast(row, "int64") - A[0]
             N[2] = N[2] + 1
             source: T.let[T.int64] = H[Handle.COLD] + cold // slots * page + cold % slots * record
-            _copy(T.address_of(F[i * record]), _void(source), record)
+            copy(T.address_of(F[i * record]), void(source), record)
         else:
             find(H, Shared, row, A)
             if A[2] >= T.int64(0):
                 N[2] = N[2] + 1
-                _copy(T.address_of(F[i * record]), _void(H[Handle.RECORDS] + A[2] * record), record)
+                copy(T.address_of(F[i * record]), void(H[Handle.RECORDS] + A[2] * record), record)
             else:
                 K[N[3] * Ticket.EACH + Ticket.INDEX] = T.cast(i, "int32")
                 K[N[3] * Ticket.EACH + Ticket.ID] = row
@@ -329,18 +253,18 @@ def engram_rows_begin(record: int, page: int, columns: int):
         Rf = T.decl_buffer((B * S * columns,), "int32", data=R.data)
         K = T.decl_buffer((B * S * (columns + 1) * Ticket.EACH,), "int32", data=Tickets.data)
         F = T.decl_buffer((B * S * columns * record,), "uint8", data=Found.data)
-        store_at: T.let[T.handle("int64", "global")] = _at("int64", H[Handle.STORE])
+        store_at: T.let[T.handle("int64", "global")] = at("int64", H[Handle.STORE])
         Shared = T.decl_buffer((Store.WORDS,), "int64", data=store_at)
-        queue_at: T.let[T.handle("int64", "global")] = _at("int64", H[Handle.QUEUE])
+        queue_at: T.let[T.handle("int64", "global")] = at("int64", H[Handle.QUEUE])
         Q = T.decl_buffer((Queue.WORDS,), "int64", data=queue_at)
         A = T.alloc_buffer((3,), "int64", scope="local")
         N = T.alloc_buffer((4,), "int64", scope="local")
         for i in T.serial(B * S * columns):
             if T.cast(Rf[i], "int64") >= H[Handle.ROWS]:
-                _fail(H, Failure.ROW, T.cast(Rf[i], "int64"), T.int64(0))
+                fail(H, Failure.ROW, T.cast(Rf[i], "int64"), T.int64(0))
         for i in T.serial(4):
             N[i] = T.int64(0)
-        _locked("lock", H)
+        locked("lock", H)
         for i in T.serial(B * S * columns):
             if Rf[i] < 0:
                 T.evaluate(T.call_extern("handle", "memset", T.address_of(F[i * record]), 0, T.int64(record)))
@@ -350,13 +274,13 @@ def engram_rows_begin(record: int, page: int, columns: int):
         Shared[Store.HOT] = Shared[Store.HOT] + N[1]
         Shared[Store.CACHED] = Shared[Store.CACHED] + N[2]
         Shared[Store.READ] = Shared[Store.READ] + N[3]
-        _locked("unlock", H)
+        locked("unlock", H)
         K[Ticket.MISSING] = T.cast(N[3], "int32")
         K[Ticket.WHO] = 0
         if N[3] > T.int64(0) and H[Handle.LATE] == T.int64(0):
             start(H, Q, K)
             if K[Ticket.WHO] == Tier.NATIVE:
-                _submit(H, Q)
+                submit(H, Q)
 
     return func
 
@@ -376,14 +300,14 @@ def engram_rows_end(record: int, page: int, columns: int, number: str):
         """Wait for the reads of compiled code; ready[0] = whether they were done."""
         more = T.alloc_buffer((1,), "int64", scope="local")
         if Q[Queue.STARTED] > T.int64(0):
-            _submit(H, Q)
+            submit(H, Q)
         pending(Q, K, more)
         if more[0] != T.int64(0):
-            _reap(H, Q, 0)
+            reap(H, Q, 0)
             pending(Q, K, more)
         ready[0] = T.int64(1) - more[0]
         while more[0] != T.int64(0):
-            _reap(H, Q, 1)
+            reap(H, Q, 1)
             pending(Q, K, more)
         deliver(H, Q, K, out)
 
@@ -398,13 +322,13 @@ def engram_rows_end(record: int, page: int, columns: int, number: str):
         K = T.decl_buffer((B * S * (columns + 1) * Ticket.EACH,), "int32", data=Tickets.data)
         F = T.decl_buffer((B * S * columns * record,), "uint8", data=Found.data)
         Yf = T.decl_buffer((B * S * columns * count,), number, data=Y.data)
-        store_at: T.let[T.handle("int64", "global")] = _at("int64", H[Handle.STORE])
+        store_at: T.let[T.handle("int64", "global")] = at("int64", H[Handle.STORE])
         Shared = T.decl_buffer((Store.WORDS,), "int64", data=store_at)
-        queue_at: T.let[T.handle("int64", "global")] = _at("int64", H[Handle.QUEUE])
+        queue_at: T.let[T.handle("int64", "global")] = at("int64", H[Handle.QUEUE])
         Q = T.decl_buffer((Queue.WORDS,), "int64", data=queue_at)
         clock = T.alloc_buffer((4,), "int64")
         ready = T.alloc_buffer((1,), "int64", scope="local")
-        out: T.let[T.int64] = _copied(T.address_of(Yf[0]), T.address_of(F[0]), B * S * columns * record)
+        out: T.let[T.int64] = copied(T.address_of(Yf[0]), T.address_of(F[0]), B * S * columns * record)
         if K[Ticket.MISSING] > 0:
             T.evaluate(T.call_extern("int32", "clock_gettime", _MONOTONIC, T.address_of(clock[0])))
             if K[Ticket.WHO] == 0:
@@ -416,7 +340,7 @@ def engram_rows_end(record: int, page: int, columns: int, number: str):
                 ready[0] = T.cast(K[Ticket.DONE], "int64")
             T.evaluate(T.call_extern("int32", "clock_gettime", _MONOTONIC, T.address_of(clock[2])))
             verify(H, K, out)
-            _locked("lock", H)
+            locked("lock", H)
             if H[Handle.SETS] > T.int64(0):
                 keep(H, Shared, K, out)
             Shared[Store.PAGES] = Shared[Store.PAGES] + T.cast(K[Ticket.PAGES], "int64")
@@ -427,6 +351,6 @@ def engram_rows_end(record: int, page: int, columns: int, number: str):
                 Shared[Store.STALLED] = Shared[Store.STALLED] + (
                     (clock[2] - clock[0]) * 1000000000 + clock[3] - clock[1]
                 )
-            _locked("unlock", H)
+            locked("unlock", H)
 
     return func
