@@ -51,8 +51,10 @@ class Group:
         storages: keys of `PIPELINES`.
         gguf: the kind of file for llama.cpp, see `to_gguf`.
         transformers: pairs of dtype and implementation of the experts.
-        error: largest root mean square difference of a rival's logits from float32, over the root mean
-            square of the logits: beyond it the file is another model, and nothing is compared.
+        error: largest root mean square difference of a program's logits from float32, over the root mean
+            square of the logits: beyond it the file is another model, and nothing is compared. Wide, because
+            the weights are random: a route that falls the other way changes everything behind it, and what
+            has nothing to do with the model is off by 1.4.
     """
 
     name: str
@@ -63,11 +65,11 @@ class Group:
 
 
 GROUPS = (
-    Group("F32", ("f32",), "F32", ("float32:eager", "float32:grouped_mm"), 1e-4),
-    Group("BF16", ("bf16",), "BF16", ("bfloat16:eager", "bfloat16:grouped_mm"), 0.1),
-    Group("8 bits", ("int8", "fp8"), "Q8_0", (), 0.2),
-    Group("FP4 and FP8", ("published",), "MXFP4", (), 0.6),
-    Group("4 bits", ("int4",), "Q4_0", (), 0.9),
+    Group("F32", ("f32",), "F32", ("float32:eager", "float32:grouped_mm"), 0.02),
+    Group("BF16", ("bf16",), "BF16", ("bfloat16:eager", "bfloat16:grouped_mm"), 0.6),
+    Group("8 bits", ("int8", "fp8"), "Q8_0", (), 0.8),
+    Group("FP4 and FP8", ("published",), "MXFP4", (), 1.1),
+    Group("4 bits", ("int4",), "Q4_0", (), 1.2),
 )
 
 

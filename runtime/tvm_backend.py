@@ -10,6 +10,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -187,12 +188,10 @@ class TvmBackend:
     ) -> Any:
         if self._watch is not None:
             self._watch(program, inputs, state)
-        if self.undo is None:
-            return program.run(inputs, state, self.tables)
         names = list(program.inputs)
         counts = inputs[names.index("n_valid")] if "n_valid" in names else None
         try:
-            with self.undo.guard(state, counts):
+            with nullcontext() if self.undo is None else self.undo.guard(state, counts):
                 return program.run(inputs, state, self.tables)
         except Exception as error:
             failure = self.tables.clear()

@@ -1,10 +1,10 @@
 """How often is a table row in memory? Real text against a table larger than the cache, over cache sizes.
 
 Makes a random Engram layer with DeepSeek-V4.1's hash, counts which rows one text asks for, lays the table out
-with and without a hot region chosen by those counts, and reads the rows of another text from disk, token by
+with and without a hot region chosen by those counts, and feeds another text to the compiled layer, token by
 token, once per cache size. The text is real, so the frequencies are; the numbers in the rows do not matter.
 
-    python examples/engram/hit_rate.py                        # a table of 64 MB, half a minute
+    python examples/engram/hit_rate.py                        # a table of 64 MB, about a minute
     python examples/engram/hit_rate.py --table-mib 2048 --output curve.json
 """
 
@@ -28,12 +28,13 @@ from dsv4c.ir.graph import Module
 from dsv4c.passes.row_counts import looked_up_rows, row_counts
 from dsv4c.passes.statistics import Statistics
 from dsv4c.runtime import Artifact
-from dsv4c.runtime.engram import TableOptions, TableStore
-from dsv4c.runtime.engram.lookup import Lookup
+from dsv4c.runtime.engram import TableOptions
+from dsv4c.runtime.layer import LayerSession
 
 ROOT = Path(__file__).resolve().parents[2]
 KJV = ROOT / "examples" / "kjv"
 VOCAB, LAYER, ROW = 2048, 1, 264
+HIDDEN, STREAMS = 32, 1
 CACHES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 """MiB."""
 
@@ -48,7 +49,7 @@ def tokens(name: str) -> Ids:
 def make_layer(root: Path, table_bytes: int) -> Module:
     """24 rows per token of 256 codes and 8 scales, as published; the rest is small."""
     rows = max(table_bytes // (ROW * 24), 64)
-    config = EngramConfig(Variant.PROD, (LAYER,), (rows,) * 3, 8, 256, 32, 1, VOCAB, 2, VOCAB)
+    config = EngramConfig(Variant.PROD, (LAYER,), (rows,) * 3, 8, 256, HIDDEN, STREAMS, VOCAB, 2, VOCAB)
     return load_engram_layer(generate_engram_layer(root / "layer", config, LAYER))
 
 
@@ -61,19 +62,22 @@ def lay_out(root: Path, module: Module, hot_bytes: int, counts: dict[str, Ids]) 
     return Artifact.open(path), notes
 
 
-def curve(artifact: Artifact, table: str, rows: Ids) -> list[dict[str, Any]]:
-    """Every token's rows, in order, from an empty cache of each size."""
+def curve(artifact: Artifact, table: str, text: Ids) -> list[dict[str, Any]]:
+    """The compiled layer over every token, in order, from an empty cache of each size."""
     points = []
     for mib in CACHES:
-        store = TableStore(artifact, table, TableOptions(tier="disk", cache_bytes=int(mib * 2**20)))
-        lookup, out = Lookup(store), np.empty((rows.shape[1], store.layout.record), np.uint8)
-        for ids in rows:
-            lookup.fetch(lookup.prefetch(ids), out)
+        options = TableOptions(tier="disk", cache_bytes=int(mib * 2**20))
+        session = LayerSession(artifact, threads=1, tables=options)
+        streams = np.zeros((1, 1, STREAMS, HIDDEN), np.float32)
+        for token in text:
+            session.step(tokens=[[token]], n_valid=[1], streams=streams)
+        tables = session.backend.tables
+        store = tables.stores[table]
         s = store.statistics
         points.append({
             "cache_mib": mib, "hit_rate": round(s.hit_rate, 5), "hot": round(s.hot / s.rows, 5),
-            "cached": round(s.cached / s.rows, 5), "pages_per_token": round(s.pages / len(rows), 3),
-            "evicted": s.evicted, "direct": store.direct, "queue": lookup.queue,
+            "cached": round(s.cached / s.rows, 5), "pages_per_token": round(s.pages / len(text), 3),
+            "evicted": s.evicted, "direct": store.direct, "queue": tables.queues()[table],
         })  # fmt: skip
     return points
 
@@ -100,14 +104,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=build) as folder:
         module = make_layer(Path(folder), a.table_mib << 20)
         counts = row_counts(module, [tokens("calibration.txt")])
-        ((table, rows),) = looked_up_rows(module, tokens("heldout.txt")[: a.tokens]).items()
+        text = tokens("heldout.txt")[: a.tokens]
+        ((table, rows),) = looked_up_rows(module, text).items()
         result: dict[str, Any] = {
             "table_mib": a.table_mib, "tokens": len(rows), "lookups_per_token": rows.shape[1],
             "distinct_rows": len(np.unique(rows)), **by_order(rows, counts[f"engram.{table}"]), "curves": {},
         }  # fmt: skip
         for hot in (0, int(a.hot_mib * 2**20)):
             artifact, notes = lay_out(Path(folder), module, hot, counts)
-            points = curve(artifact, table, rows)
+            points = curve(artifact, table, text)
             result["curves"][f"hot {hot / 2**20:g} MiB"] = {"layout": notes, "points": points}
     for name, found in result["curves"].items():
         print(f"{name}: {found['layout']['hot_rows']} hot rows")

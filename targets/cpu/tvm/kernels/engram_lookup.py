@@ -275,8 +275,9 @@ def engram_rows_begin(record: int, page: int, columns: int):
         Shared[Store.CACHED] = Shared[Store.CACHED] + N[2]
         Shared[Store.READ] = Shared[Store.READ] + N[3]
         locked("unlock", H)
-        K[Ticket.MISSING] = T.cast(N[3], "int32")
-        K[Ticket.WHO] = 0
+        if B * S > 0:  # a ticket of no tokens has no numbers
+            K[Ticket.MISSING] = T.cast(N[3], "int32")
+            K[Ticket.WHO] = 0
         if N[3] > T.int64(0) and H[Handle.LATE] == T.int64(0):
             start(H, Q, K)
             if K[Ticket.WHO] == Tier.NATIVE:
@@ -329,7 +330,7 @@ def engram_rows_end(record: int, page: int, columns: int, number: str):
         clock = T.alloc_buffer((4,), "int64")
         ready = T.alloc_buffer((1,), "int64", scope="local")
         out: T.let[T.int64] = copied(T.address_of(Yf[0]), T.address_of(F[0]), B * S * columns * record)
-        if K[Ticket.MISSING] > 0:
+        if T.if_then_else(B * S > 0, K[Ticket.MISSING], 0) > 0:
             T.evaluate(T.call_extern("int32", "clock_gettime", _MONOTONIC, T.address_of(clock[0])))
             if K[Ticket.WHO] == 0:
                 start(H, Q, K)
