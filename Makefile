@@ -62,7 +62,8 @@ test-targets: oracle
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "oracle or not oracle" tests/test_targets.py \
 	  tests/test_static_artifact.py tests/test_acl_programs.py tests/test_mlu_bang.py tests/test_estimate.py \
 	  tests/test_placement.py tests/test_ascend_toolchain.py tests/test_oracle_ascend_kernels.py \
-	  tests/test_oracle_flash_shape.py
+	  tests/test_oracle_flash_shape.py tests/test_gpu_plan.py tests/test_oracle_gpu_kernels.py \
+	  tests/test_oracle_gpu_model.py tests/test_oracle_gpu_build.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py

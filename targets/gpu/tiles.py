@@ -34,12 +34,12 @@ class Shape:
 
 
 _SAME = {
-    "index_topk": Shape(Tiles(0, 2048, 0, 8, 1), Tiles(0, 1024, 0, 4, 1)),
+    "index_topk": Shape(Tiles(0, 2048, 0, 8, 1), Tiles(0, 1024, 0, 8, 1)),
     "hc_project": Shape(Tiles(16, 32, 64, 4, 2), Tiles(16, 32, 64, 4, 2)),
 }
 _TABLE: dict[str, dict[str, Shape]] = {
     "large": {  # sm_80, sm_90a, sm_100a: 163 KiB of shared memory and more
-        "linear": Shape(Tiles(16, 32, 128, 4, 3), Tiles(64, 64, 64, 4, 3)),
+        "linear": Shape(Tiles(16, 32, 64, 4, 4), Tiles(64, 64, 64, 4, 3)),
         "expert_up": Shape(Tiles(16, 32, 128, 4, 3), Tiles(32, 64, 64, 8, 3)),
         "expert_down": Shape(Tiles(16, 32, 64, 4, 3), Tiles(32, 64, 64, 4, 3)),
         "attention": Shape(Tiles(16, 32, 16, 8, 1), Tiles(16, 32, 16, 8, 1)),
