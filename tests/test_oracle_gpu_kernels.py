@@ -16,6 +16,7 @@ import pytest
 from gpu_support import Interpreter, check_case, interpreter
 from support import CTX, Arr, B, Case, T, ints, normal, poison, valid_rows
 from test_kernels_attention import SHAPES, attention, calls, selection, stale, visible
+from test_kernels_engram import compression, gate, hashing, plain_table, scaled_table
 from test_kernels_packed import linears, matrix, others, weight
 
 from dsv4c.ir.formats import SCHEMES
@@ -334,6 +335,50 @@ def test_hyper_connections(worker: Interpreter, path: Path, n: int, d: int, b: i
     rng = np.random.default_rng(d)
     inputs = {"streams": normal(rng, b, t, n, d), "y": normal(rng, b, t, d)}
     check_case(hyper(n, d), inputs, worker, path, 1e-5)
+
+
+# ----------------------------------------------------------------------------------------- engram
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_classes_and_rows_of_ngrams_are_exact(worker: Interpreter, path: Path, dead: bool) -> None:
+    rng, b, t = np.random.default_rng(2), 3, 13
+    drawn = rng.integers(-5, 70, (b, t)).astype(np.int32)
+    check_case(compression(dead), {"tokens": drawn}, worker, path)
+    for heads, orders, slots in ((2, 3, 3), (1, 3, 5), (3, 2, 2)):
+        for start in (0, 2, 50):
+            ids = np.where(rng.random((b, t)) < 0.3, -1, rng.integers(0, 400, (b, t)))
+            history = np.where(rng.random((b, slots)) < 0.3, -1, rng.integers(0, 400, (b, slots)))
+            inputs = {
+                "tokens": ids, "history": history, "pos": start + np.arange(b),
+                "n_valid": np.array([t, 2, 0]),
+            }  # fmt: skip
+            given = {k: v.astype(np.int32) for k, v in inputs.items()}
+            check_case(hashing(heads, orders, slots, dead), given, worker, path)
+
+
+@pytest.mark.parametrize(("width", "groups"), [(32, 1), (96, 3), (15, 5), (17, 0)])
+def test_rows_of_tables_are_exact(worker: Interpreter, path: Path, width: int, groups: int) -> None:
+    rows_ = np.random.default_rng(4).integers(-1, 37, (2, 5, 3)).astype(np.int32)
+    rows_[0, 0] = 0, -1, 36
+    case = scaled_table(width, groups) if groups else plain_table(width, False)
+    found = check_case(case, {"rows": rows_}, worker, path, 0)["engram_rows"]
+    assert not found.reshape(2, 5, 3, -1)[rows_ < 0].any()
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize(("copysign", "residual"), [(True, True), (False, False)])
+@pytest.mark.parametrize(("n", "d"), [(4, 16), (3, 61)])
+def test_engram_gate(
+    worker: Interpreter, path: Path, n: int, d: int, copysign: bool, residual: bool, marked: bool
+) -> None:
+    rng, b, t = np.random.default_rng(d), 2, 5
+    inputs = {"x": normal(rng, b, t, n, d), "kv": normal(rng, b, t, (n + 1) * d)}
+    inputs["kv"][0, 0, : n * d] = 0  # the key is zero
+    inputs["x"][-1, -1] = 0
+    if marked:
+        inputs["ids"] = rng.integers(-1, 3, (b, t)).astype(np.int32)
+    check_case(gate(n, d, copysign, residual, marked), inputs, worker, path)
 
 
 def test_an_access_outside_of_what_is_declared_is_found(worker: Interpreter, path: Path) -> None:

@@ -20,13 +20,15 @@ VERSION = 1
 VENDORS = ("cuda", "hip")
 KINDS = ("input", "state", "weight", "temporary")
 ITEM_BYTES = {
-    "f32": 4, "i32": 4, "bf16": 2, "f16": 2, "i8": 1, "u8": 1, "f8e4m3": 1, "f8e4m3fnuz": 1, "f8e8m0": 1,
+    "f32": 4, "i32": 4, "i64": 8, "bf16": 2, "f16": 2, "i8": 1, "u8": 1, "f8e4m3": 1, "f8e4m3fnuz": 1,
+    "f8e8m0": 1,
     "f4e2m1x2": 1, "i4x2": 1,
 }  # fmt: skip
 """Bytes of an element of a buffer, as it is stored."""
 
 POINTERS = {
-    "*fp32": ("f32",), "*i32": ("i32",), "*bf16": ("bf16",), "*fp16": ("f16",), "*i8": ("i8",),
+    "*fp32": ("f32",), "*i32": ("i32",), "*i64": ("i64",), "*bf16": ("bf16",), "*fp16": ("f16",),
+    "*i8": ("i8",),
     "*u8": ("u8", "f8e4m3", "f8e4m3fnuz", "f8e8m0", "f4e2m1x2", "i4x2"),
 }  # fmt: skip
 """Type of a pointer -> the buffers that it may point to."""

@@ -70,7 +70,8 @@ def build(
     }
     if progress:
         progress("kernels", len(kernels) - len(missing), len(kernels))
-    _compile(missing, gpu, directory)
+    if missing:
+        _compile(missing, gpu, directory)
     out, code, toolkit = [], bytearray(), 0
     for key, kernel in zip(keys, kernels, strict=True):
         made, blob = _finished(kernel, gpu, directory, key)
@@ -111,49 +112,35 @@ def _request(kernel: Kernel, key: str) -> dict[str, Any]:
         "key": key, "module": kernel.module, "name": kernel.name, "constants": kernel.constants,
         "types": {p.name: p.type for p in kernel.parameters},
         "divisible": [p.name for p in kernel.parameters if p.divisible], "warps": kernel.warps,
-        "stages": kernel.stages,
+        "stages": kernel.stages, "matrix": source(kernel.name).matrix,
     }  # fmt: skip
 
 
 def _compile(missing: dict[str, Kernel], gpu: Gpu, directory: Path) -> None:
-    """Fill the cache, by a process per core; the kernels with matrix products, which take longest, are dealt
-    out first.
+    """Fill the cache, by a process per core; kernels with matrix products take longest and are dealt out
+    first.
     """
-    if not missing:
-        return
     cores = min(len(os.sched_getaffinity(0)), len(missing))
     ordered = sorted(missing, key=lambda key: (not source(missing[key].name).matrix, key))
     with tempfile.TemporaryDirectory(prefix="dsv4c-gpu-") as scratch:
-        running = []
-        for i in range(cores):
-            part = [key for key in ordered[i::cores]]
-            for matrix in (True, False):
-                some = [key for key in part if source(missing[key].name).matrix == matrix]
-                running += [
-                    (_start({k: missing[k] for k in some}, gpu, directory, Path(scratch), matrix), some)
-                ]
-                if matrix and running[-1][0] is None:
-                    running.pop()
-        for process, keys in running:
-            if process is not None:
-                _wait(process, keys, missing, directory)
+        parts = [{key: missing[key] for key in ordered[i::cores]} for i in range(cores)]
+        running = [_start(part, gpu, directory, Path(scratch) / str(i)) for i, part in enumerate(parts)]
+        for process, part in zip(running, parts, strict=True):
+            _wait(process, part, directory)
 
 
-def _start(
-    kernels: dict[str, Kernel], gpu: Gpu, directory: Path, scratch: Path, matrix: bool
-) -> subprocess.Popen[str] | None:
-    if not kernels:
-        return None
-    first = next(iter(kernels))
-    request = scratch / f"{first}.json"
-    request.write_text(json.dumps({
-        "target": [gpu.vendor, gpu.compiler, gpu.warp], "matrix": gpu.matrix if matrix else (),
-        "directory": str(directory), "kernels": [_request(k, key) for key, k in kernels.items()],
-    }))  # fmt: skip
+def _start(kernels: dict[str, Kernel], gpu: Gpu, directory: Path, scratch: Path) -> subprocess.Popen[str]:
+    """A compiler process for some kernels; Triton's own cache is thrown away with `scratch`."""
+    scratch.mkdir()
+    request = scratch / "request.json"
+    asked = {
+        "target": [gpu.vendor, gpu.compiler, gpu.warp], "matrix": gpu.matrix, "directory": str(directory),
+        "kernels": [_request(k, key) for key, k in kernels.items()],
+    }  # fmt: skip
+    request.write_text(json.dumps(asked), encoding="utf-8")
     environment = {n: v for n, v in os.environ.items() if not n.startswith("TRITON_")} | {
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        "TRITON_CACHE_DIR": str(scratch / f"{first}.cache"),
-        "TRITON_DISABLE_LINE_INFO": "1",
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "TRITON_DISABLE_LINE_INFO": "1",
+        "TRITON_CACHE_DIR": str(scratch / "cache"),
     }  # fmt: skip
     command = [sys.executable, "-m", "dsv4c.targets.gpu.compiler", str(request)]
     return subprocess.Popen(
@@ -161,15 +148,13 @@ def _start(
     )
 
 
-def _wait(
-    process: subprocess.Popen[str], keys: list[str], kernels: dict[str, Kernel], directory: Path
-) -> None:
+def _wait(process: subprocess.Popen[str], kernels: dict[str, Kernel], directory: Path) -> None:
     try:
         said, _ = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
         process.kill()
         said, _ = process.communicate()
-    left = [kernels[key].name for key in keys if not (directory / f"{key}.json").is_file()]
+    left = [kernel.name for key, kernel in kernels.items() if not (directory / f"{key}.json").is_file()]
     if left:
         raise ToolchainError(
             f"the compiler ended with {process.returncode}: {said[-1500:].strip()}",

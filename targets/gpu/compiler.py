@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,10 +27,17 @@ def main() -> None:
     for kernel in request["kernels"]:
         try:
             result, code = compile_one(kernel, request["target"], request["matrix"])
-            (out / f"{kernel['key']}.bin").write_bytes(code)
+            put(out / f"{kernel['key']}.bin", code)
         except Exception as error:  # whatever the compiler raises is the answer, not an accident
             result = {"error": f"{type(error).__name__}: {error}"[-4000:]}
-        (out / f"{kernel['key']}.json").write_text(json.dumps(result), encoding="utf-8")
+        put(out / f"{kernel['key']}.json", json.dumps(result).encode())
+
+
+def put(path: Path, data: bytes) -> None:
+    """Write a file that appears whole: other processes may fill the same cache."""
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_bytes(data)
+    part.replace(path)
 
 
 def compile_one(kernel: dict[str, Any], target: list[Any], matrix: list[str]) -> tuple[dict[str, Any], bytes]:
@@ -52,7 +60,8 @@ def compile_one(kernel: dict[str, Any], target: list[Any], matrix: list[str]) ->
     made = triton.compile(source, target=GPUTarget(*target), options=options)
     cuda = target[0] == "cuda"
     code = made.asm["cubin" if cuda else "hsaco"]
-    facts = _cuda(made, code, matrix, target[1]) if cuda else _amd(made, matrix)
+    patterns = matrix if kernel["matrix"] else []
+    facts = _cuda(made, code, patterns, target[1]) if cuda else _amd(made, patterns)
     scratch = made.metadata.global_scratch_size
     if scratch:
         raise ValueError(

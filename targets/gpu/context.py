@@ -7,6 +7,9 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from dsv4c.errors import TargetError
 from dsv4c.ir.dims import Dim
 from dsv4c.ir.dtypes import DType
@@ -38,6 +41,9 @@ class Ref:
     offset: int = 0
     stride: int = 0
 
+
+Stored = WeightExpr | npt.NDArray[Any]
+"""What a weight's buffer holds: an expression, or a few numbers."""
 
 Given = Any
 """What a lowering passes for a parameter: a `Ref`, an integer or a size as text, or a float."""
@@ -81,7 +87,7 @@ class Context:
     exact: bool
     bound: frozenset[str]
     kernels: Kernels
-    weights: dict[str, WeightExpr]
+    weights: dict[str, Stored]
     values: dict[Value, Ref] = field(default_factory=dict)
     temporaries: dict[str, Buffer] = field(default_factory=dict)
     launches: list[Launch] = field(default_factory=list)
@@ -113,14 +119,24 @@ class Context:
 
     def parameter(self, name: str, expr: WeightExpr) -> Ref:
         """The buffer that holds an expression; equal ones of one name share it."""
-        while name in self.weights and not self.weights[name].same(expr):
+        while not _same(self.weights.get(name), expr):
             name += "'"
         self.weights[name] = expr
         return Ref(name, 0, prod(expr.shape[1:]))
 
+    def literal(self, name: str, numbers: npt.NDArray[Any]) -> Ref:
+        """The buffer of a few integers that an op names as attributes."""
+        self.weights[name] = numbers
+        return Ref(name)
+
     @property
     def unused(self) -> Ref:
         return Ref(UNUSED)
+
+    @property
+    def unused_ids(self) -> Ref:
+        """For integers that a kernel does not read."""
+        return self.literal("unused ids", np.zeros(1, np.int32))
 
     @property
     def where(self) -> str:
@@ -174,10 +190,15 @@ class Context:
     def _marked(self, parameter: Parameter, given: Given) -> Parameter:
         """Whether a multiple of 16 is passed: bytes for pointers, which stand at multiples of 256."""
         if isinstance(given, Ref):
-            item = {"*fp32": 4, "*i32": 4, "*bf16": 2, "*fp16": 2}.get(parameter.type, 1)
+            item = {"*fp32": 4, "*i32": 4, "*i64": 8, "*bf16": 2, "*fp16": 2}.get(parameter.type, 1)
             return replace(parameter, divisible=given.offset * item % 16 == 0)
         known = parameter.name in _LENGTHS and isinstance(given, int) and given > 0
         return replace(parameter, divisible=known and int(given) % 16 == 0)
+
+
+def _same(held: Stored | None, expr: WeightExpr) -> bool:
+    """Whether a name is free for an expression, or its own."""
+    return held is None or (isinstance(held, WeightExpr) and held.same(expr))
 
 
 def _argument(given: Given) -> Argument:

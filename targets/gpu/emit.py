@@ -59,7 +59,10 @@ def _write(plan: Plan, found: Draft, store: TensorStore, writer: ArtifactWriter,
     writer.add_section("plan", json.dumps(plan.as_json(), separators=(",", ":")).encode())
     total, done = sum(e.nbytes for e in found.weights.values()), 0
     for name, expr in found.weights.items():
-        writer.add_tensor(name, expr.dtype.value, expr.shape, _known(expr, store))
+        if isinstance(expr, WeightExpr):
+            writer.add_tensor(name, expr.dtype.value, expr.shape, _known(expr, store))
+        else:
+            writer.add_tensor(name, f"i{8 * expr.itemsize}", expr.shape, expr)
         done += expr.nbytes
         progress("weights", done, total)
 

@@ -26,10 +26,11 @@ from dsv4c.runtime.container.sizes import size
 
 Arr = npt.NDArray[Any]
 TYPES = {
-    "*fp32": tl.float32, "*i32": tl.int32, "*bf16": tl.bfloat16, "*fp16": tl.float16, "*i8": tl.int8,
+    "*fp32": tl.float32, "*i32": tl.int32, "*i64": tl.int64, "*bf16": tl.bfloat16, "*fp16": tl.float16,
+    "*i8": tl.int8,
     "*u8": tl.uint8,
 }  # fmt: skip
-ITEM = {"*fp32": 4, "*i32": 4, "*bf16": 2, "*fp16": 2, "*i8": 1, "*u8": 1}
+ITEM = {"*fp32": 4, "*i32": 4, "*i64": 8, "*bf16": 2, "*fp16": 2, "*i8": 1, "*u8": 1}
 
 
 def widen(bits: Arr) -> Arr:
@@ -107,6 +108,7 @@ def mend() -> None:
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(builder, name, cast_impl)
     builder.create_masked_load, builder.create_masked_store = load, store
+    interpreter.InterpretedFunction.__call__ = call_patched
     options = interpreter_builder.options  # its products are in FP32, whatever split is asked for
     splits = (*options.allowed_dot_input_precisions, "bf16x3", "bf16x6")
     interpreter_builder.options = dataclasses.replace(options, allowed_dot_input_precisions=splits)
@@ -193,16 +195,34 @@ class InterpreterDevice:
 
 def run(function: Any, grid: tuple[int, int, int], given: dict[str, Any], constants: dict[str, Any]) -> None:
     """Every program of a launch, one after the other."""
-    scope = interpreter._patch_lang(function)
-    try:
-        interpreter_builder.set_grid_dim(*grid)
-        for x in range(grid[0]):
-            for y in range(grid[1]):
-                for z in range(grid[2]):
-                    interpreter_builder.set_grid_idx(x, y, z)
-                    function(**given, **constants)
-    finally:
-        scope.restore()
+    patch_once(function)
+    interpreter_builder.set_grid_dim(*grid)
+    for x in range(grid[0]):
+        for y in range(grid[1]):
+            for z in range(grid[2]):
+                interpreter_builder.set_grid_idx(x, y, z)
+                function(**given, **constants)
+
+
+_patched: set[str] = set()
+
+
+def patch_once(function: Any) -> None:
+    """Give the language's functions their meaning in the interpreter, for good; once for each file of
+    kernels.
+
+    The interpreter does so around every call of every function, which takes longer than most of them.
+    """
+    if function.__module__ not in _patched:
+        interpreter._patch_lang(function)
+        _patched.add(function.__module__)
+
+
+def call_patched(self: Any, *arguments: Any, **named: Any) -> Any:
+    """A kernel's call of a function of its own."""
+    function = self.rewrite()
+    patch_once(function)
+    return function(*arguments, **named)
 
 
 _mended: list[bool] = []

@@ -9,6 +9,7 @@ from dsv4c.ir.graph import Op, Value
 
 from .context import Context, Given, Ref, blocks, ints, power, width
 from .lowering_attention import ATTENTION_LOWERINGS
+from .lowering_engram import ENGRAM_LOWERINGS
 from .lowering_products import PRODUCT_LOWERINGS
 
 Lowering = Callable[[Context, Op], None]
@@ -305,6 +306,6 @@ LOWERINGS: dict[str, Lowering] = {
     "rotary": rotary, "rope_angles": rope_angles, "positions": positions, "entry_positions": entry_positions,
     "advance": advance, "ring_write": ring_write, "position_bias": position_bias, "route_topk": route_topk,
     "route_hash": route_hash, "route_weights": route_weights, "add_route": add_route,
-    **PRODUCT_LOWERINGS, **ATTENTION_LOWERINGS,
+    **PRODUCT_LOWERINGS, **ATTENTION_LOWERINGS, **ENGRAM_LOWERINGS,
 }  # fmt: skip
 """Every op this emitter takes."""

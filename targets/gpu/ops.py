@@ -16,7 +16,7 @@ PLAN_OPS = frozenset({
     "positions", "entry_positions", "advance", "ring_write", "rope_angles", "rotary", "norm_rotary",
     "position_bias", "entries_close", "index_select", "attention", "hc_mix", "hc_collapse", "hc_expand",
     "hc_head_mix", "sqrt_softplus", "route_topk", "route_hash", "route_weights", "add_route", "expert_mlp",
-    "round_values",
+    "round_values", "compress_tokens", "ngram_rows", "ngram_history", "engram_rows", "engram_gate",
 })  # fmt: skip
 """Every op that `emit_plan` takes."""
 

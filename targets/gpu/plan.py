@@ -12,7 +12,7 @@ from dsv4c.ir.weights import WeightExpr
 from dsv4c.runtime.container.plan import VERSION, Buffer, Kernel, Plan, Program
 
 from .arch import Gpu
-from .context import NUMBERS, UNUSED, Context, Kernels, Ref, size_text
+from .context import NUMBERS, UNUSED, Context, Kernels, Ref, Stored, size_text
 from .lowering import LOWERINGS
 from .slots import place
 from .tiles import FEW_ROWS
@@ -23,7 +23,7 @@ class Draft:
     """A plan whose kernels have no code yet, and the expressions of its weights by buffer."""
 
     plan: Plan
-    weights: Mapping[str, WeightExpr]
+    weights: Mapping[str, Stored]
 
 
 def draft(module: Module, gpu: Gpu) -> Draft:
@@ -32,7 +32,7 @@ def draft(module: Module, gpu: Gpu) -> Draft:
     Raises:
         TargetError: an op, or a form of it, has no kernel.
     """
-    kernels, weights = Kernels(), dict[str, WeightExpr]()
+    kernels, weights = Kernels(), dict[str, Stored]()
     few, many = (_program(module, gpu, kernels, weights, few) for few in (True, False))
     bound = _bound(module)
     buffers = [
@@ -48,9 +48,7 @@ def draft(module: Module, gpu: Gpu) -> Draft:
     return Draft(plan, weights)
 
 
-def _program(
-    module: Module, gpu: Gpu, kernels: Kernels, weights: dict[str, WeightExpr], few: bool
-) -> Program:
+def _program(module: Module, gpu: Gpu, kernels: Kernels, weights: dict[str, Stored], few: bool) -> Program:
     exact = not any(op.attrs.get("inputs") == "bf16" for op in module.ops)
     c = Context(gpu, few, exact, _bound(module), kernels, weights)
     for name, value in module.arguments().items():
@@ -93,8 +91,9 @@ def _buffer(name: str, kind: str, value: Value, bound: frozenset[str]) -> Buffer
     return Buffer(name, kind, NUMBERS[value.type.dtype], tuple(size_text(d, bound) for d in value.type.shape))
 
 
-def _weight(name: str, expr: WeightExpr) -> Buffer:
-    return Buffer(name, "weight", expr.dtype.value, tuple(str(n) for n in expr.shape) or ("1",))
+def _weight(name: str, expr: Stored) -> Buffer:
+    dtype = expr.dtype.value if isinstance(expr, WeightExpr) else f"i{8 * expr.itemsize}"
+    return Buffer(name, "weight", dtype, tuple(str(n) for n in expr.shape) or ("1",))
 
 
 def _typical(module: Module, few: bool) -> dict[str, int]:

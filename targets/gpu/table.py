@@ -246,6 +246,37 @@ SOURCES = (
         more_ids: *i32 w M*(TOPK+1)
         more_weights: *fp32 w M*(TOPK+1)
         M: i32"""),
+    Source("compress_tokens", "engram", """
+        tokens: *i32 r M
+        classes: *i32 r V
+        out: *i32 w M
+        M V: i32"""),
+    Source("ngram_rows", "engram", """
+        ids: *i32 r B*T
+        history: *i32 r B*HISTORY
+        pos n_valid: *i32 r B
+        numbers: *i64 r ORDERS+1+2*ORDERS*HEADS
+        out: *i32 w B*T*ORDERS*HEADS
+        B T: i32"""),
+    Source("ngram_history", "engram", """
+        history: *i32 rw B*HISTORY
+        ids: *i32 r B*T
+        pos n_valid: *i32 r B
+        B T: i32"""),
+    Source("engram_rows", "engram", """
+        rows: *i32 r M*COLUMNS
+        w: W r V*WIDTH
+        scale: S r SROWS*GROUPS
+        out: *fp32 w M*COLUMNS*WIDTH
+        M V SROWS: i32""", hot=True),
+    Source("engram_gate", "engram", """
+        x: *fp32 r M*N*D
+        kv: *fp32 r (M-1)*KS+(N+1)*D
+        q_weight k_weight: *fp32 r N*D
+        ids: *i32 r MARKED*M
+        out: *fp32 w M*N*D
+        M KS: i32
+        eps floor: fp32""", hot=True),
 )  # fmt: skip
 _BY_NAME = {s.name: s for s in SOURCES}
 

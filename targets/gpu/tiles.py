@@ -49,9 +49,9 @@ _TABLE: dict[str, dict[str, Shape]] = {
     "small": {  # sm_89, sm_120: 99 KiB
         "linear": Shape(Tiles(16, 32, 128, 4, 2), Tiles(64, 64, 32, 4, 2)),
         "expert_up": Shape(Tiles(16, 32, 128, 4, 2), Tiles(32, 64, 32, 4, 2)),
-        "expert_down": Shape(Tiles(16, 32, 128, 4, 2), Tiles(32, 64, 32, 4, 2)),
+        "expert_down": Shape(Tiles(16, 32, 64, 4, 3), Tiles(32, 64, 32, 4, 2)),
         "attention": Shape(Tiles(16, 32, 16, 8, 1), Tiles(16, 32, 16, 8, 1)),
-        "index_scores": Shape(Tiles(0, 32, 32, 4, 1), Tiles(0, 64, 32, 4, 1)),
+        "index_scores": Shape(Tiles(0, 32, 32, 4, 1), Tiles(0, 32, 32, 4, 1)),
         **_SAME,
     },
     "cdna": {  # gfx90a, gfx942: 64 KiB, and gfx950
