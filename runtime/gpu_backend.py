@@ -135,13 +135,19 @@ class GpuBackend:
 
     def _sizes(self, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, int]:
         """Every symbol of the arguments, by the shapes that are given."""
-        sizes: dict[str, int] = {}
-        for buffer in (*self.plan.of_kind("input"), *self.plan.of_kind("state")):
-            for text, found in zip(buffer.shape, arrays[buffer.name].shape, strict=True):
-                want = sizes.setdefault(text, found) if re.fullmatch(r"[A-Za-z_]\w*", text) else int(text)
-                if want != found:
-                    shape = list(arrays[buffer.name].shape)
-                    raise ArtifactError(f"{buffer.name} has shape {shape}, where {text} is {want}")
+        buffers = (*self.plan.of_kind("input"), *self.plan.of_kind("state"))
+        for b in buffers:
+            if arrays[b.name].ndim != len(b.shape):
+                shape = list(arrays[b.name].shape)
+                raise ArtifactError(f"{b.name} has shape {shape}", allowed=str(list(b.shape)))
+        pairs = [(b, *pair) for b in buffers for pair in zip(b.shape, arrays[b.name].shape, strict=True)]
+        sizes = {text: found for _, text, found in reversed(pairs) if re.fullmatch(r"[A-Za-z_]\w*", text)}
+        for buffer, text, found in pairs:
+            if size(text, sizes) != found:
+                raise ArtifactError(
+                    f"{buffer.name} has shape {list(arrays[buffer.name].shape)}, where {text} is "
+                    f"{size(text, sizes)}", where=str(self.artifact.path),
+                )  # fmt: skip
         return sizes
 
     def _bind(self, sizes: dict[str, int]) -> _Bound:

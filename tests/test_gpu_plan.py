@@ -519,7 +519,7 @@ def test_an_unknown_arch_lists_the_known_ones(tmp_path: Path) -> None:
 def test_a_missing_triton_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ToolchainError,
-    match=r'the package triton is missing\n.*pip install "dsv4c\\[gpu\\]"'):
+    match="the package triton is missing"):
         building.triton_version()
 
 

@@ -218,7 +218,7 @@ def closing(ratio: int, overlap: bool, width: int) -> Case:
     _, pos, n_valid = c.step()
     channels, rows = twice * width, twice * ratio
     entries = c.state("entries", B, CTX, width)
-    groups = (T + ratio - 1) // ratio
+    groups = (T + (ratio - 1)) // ratio
     operands = [c.f32("kv", B, T, channels), c.f32("gate", B, T, channels)]
     operands += [c.f32("kv_ring", B, rows, channels), c.f32("gate_ring", B, rows, channels)]
     operands += [c.weight("norm", width), c.f32("cos", B, groups, half), c.f32("sin", B, groups, half)]
