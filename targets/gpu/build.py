@@ -64,23 +64,64 @@ def build(
     directory.mkdir(parents=True, exist_ok=True)
     text = b"".join(p.name.encode() + p.read_bytes() for p in sorted(KERNELS.glob("*.py")))
     base = hashlib.sha256(text + f"{version} {gpu}".encode()).hexdigest()
-    keys = [_key(base, k) for k in kernels]
-    missing = {
-        key: k for key, k in zip(keys, kernels, strict=True) if not (directory / f"{key}.json").is_file()
-    }
-    if progress:
-        progress("kernels", len(kernels) - len(missing), len(kernels))
-    if missing:
-        _compile(missing, gpu, directory)
+    chosen, compiled = _choose(list(kernels), gpu, directory, base, progress or _quiet)
     out, code, toolkit = [], bytearray(), 0
-    for key, kernel in zip(keys, kernels, strict=True):
-        made, blob = _finished(kernel, gpu, directory, key)
+    for kernel in chosen:
+        made, blob = _finished(kernel, gpu, directory, _key(base, kernel))
         toolkit = max(toolkit, int(made.facts.get("toolkit", 0)))
         out.append(replace(made, offset=len(code), nbytes=len(blob)))
         code += blob + bytes(-len(blob) % 16)
-    if progress:
-        progress("kernels", len(kernels), len(kernels))
-    return Built(tuple(out), bytes(code), toolkit, len(missing))
+    return Built(tuple(out), bytes(code), toolkit, compiled)
+
+
+def _quiet(what: str, done: int, total: int) -> None:
+    """No progress."""
+
+
+def _choose(
+    kernels: list[Kernel], gpu: Gpu, directory: Path, base: str, progress: Callable[[str, int, int], None]
+) -> tuple[list[Kernel], int]:
+    """Every kernel in the first of its variants whose object does not spill, and how many were compiled.
+
+    What no variant saves stays as it was; `_finished` complains.
+    """
+    variants = [_variants(kernel, gpu) for kernel in kernels]
+    chosen, compiled, left = list(kernels), 0, list(range(len(kernels)))
+    for attempt in range(max(len(v) for v in variants) if variants else 0):
+        tried = {_key(base, variants[i][attempt]): variants[i][attempt] for i in left}
+        missing = {key: k for key, k in tried.items() if not (directory / f"{key}.json").is_file()}
+        progress("kernels", len(kernels) - len(missing), len(kernels))
+        if missing:
+            _compile(missing, gpu, directory)
+        compiled += len(missing)
+        spilling = {key for key in tried if _spills(directory / f"{key}.json")}
+        for i in left:
+            if _key(base, variants[i][attempt]) not in spilling:
+                chosen[i] = variants[i][attempt]
+        left = [
+            i for i in left
+            if _key(base, variants[i][attempt]) in spilling and len(variants[i]) > attempt + 1
+        ]  # fmt: skip
+        if not left:
+            break
+    progress("kernels", len(kernels), len(kernels))
+    return chosen, compiled
+
+
+def _variants(kernel: Kernel, gpu: Gpu) -> list[Kernel]:
+    """What may be tried where a hot kernel spills: the same grid with other registers per thread."""
+    out = [kernel]
+    if source(kernel.name).hot:
+        out += [replace(kernel, stages=1)] if kernel.stages > 1 else []
+        other = (kernel.warps // 2, 2 * kernel.warps)
+        out += [replace(kernel, warps=n) for n in other if 1 <= n <= 1024 // gpu.warp]
+    return out
+
+
+def _spills(path: Path) -> bool:
+    """Whether an object in the cache spills registers; what did not compile does not count."""
+    facts = json.loads(path.read_text(encoding="utf-8")).get("facts")
+    return bool(facts and facts["spilled"])
 
 
 def triton_version() -> str:
