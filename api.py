@@ -250,10 +250,10 @@ def in_numerics(
         UsageError: the arch has no such numerics.
         PassError, ParseError: see `choose_pipeline`.
     """
-    offered = target.numerics_of(arch)
+    offered = target.numerics_of(arch, form)
     numerics = numerics or next(iter(offered))
     if numerics not in offered:
-        elsewhere = [a.name for a in target.archs if numerics in target.numerics_of(a)]
+        elsewhere = [a.name for a in target.archs if numerics in target.numerics_of(a, form)]
         raise UsageError(
             f"numerics {numerics!r}", where=f"compile for {target.name}:{arch.name}",
             allowed=", ".join(offered),

@@ -74,7 +74,8 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         "--layers", str(options.layers), "--shards", str(max(2, layers)),
     )  # fmt: skip
     compiled = run(
-        "dsv4c", "compile", str(checkpoint), "--target", options.target, "-o", str(artifact), "--no-golden",
+        "dsv4c", "compile", str(checkpoint), "--target", options.target, "--format", "onnx",
+        "-o", str(artifact), "--no-golden",
         "--passes", f"with(bind_shapes{{stages={stages}, context={options.context}}})",
     )  # fmt: skip
     found = look(artifact, checkpoint, stages, options.check)

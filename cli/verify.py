@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dsv4c.errors import UsageError
 from dsv4c.runtime import Artifact
+from dsv4c.runtime.rehearsal import rehearse
 from dsv4c.runtime.static_backend import provider_opener
 from dsv4c.runtime.verify import Check, failures, verify
 
@@ -22,7 +24,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on", default="cpu", metavar="WHERE",
         help="cpu (default): this machine's processor, which also runs the models made for devices; device: "
-        "the device they were made for, from converted programs or by its provider of ONNX Runtime",
+        "the device they were made for, from converted programs, by its provider of ONNX Runtime, or by the "
+        "launch plan, of which cpu checks every launch and computes none",
     )  # fmt: skip
     parser.add_argument("--programs", metavar="DIR", help="with --on device: the converted programs")
     threads_option(parser)
@@ -31,10 +34,22 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     artifact = Artifact.open(args.file, check="full" if args.full else "code")
+    if artifact.meta["format"] == "plan" and args.on == "cpu":
+        return _rehearse(args, artifact)
     checks = verify(artifact, args.threads, _opener(args, artifact))
     failed = failures(checks)
     print(as_json(_facts(checks, failed)) if args.json else _text(checks, failed))
     return 1 if failed else 0
+
+
+def _rehearse(args: argparse.Namespace, artifact: Artifact) -> int:
+    """A launch plan without its device: every launch is checked, and nothing is computed."""
+    found = rehearse(artifact)
+    print(as_json({"ok": True, "computed": False, **asdict(found)}) if args.json else (
+        f"ok: {found.launches} launches of {found.kernels} kernels in {found.steps} steps checked, nothing "
+        "computed\nverify --on device compares numbers where the device is"
+    ))  # fmt: skip
+    return 0
 
 
 def _opener(args: argparse.Namespace, artifact: Artifact) -> Any:
@@ -44,6 +59,8 @@ def _opener(args: argparse.Namespace, artifact: Artifact) -> Any:
     if args.on == "cpu":
         if args.programs:
             raise UsageError("--programs without --on device", where="dsv4c verify")
+        return None
+    if artifact.meta["format"] == "plan":
         return None
     if artifact.meta.get("onnx", {}).get("static", {}).get("provider"):
         if args.programs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,15 @@ class Backend(Protocol):
         ...
 
 
+@runtime_checkable
+class Resident(Protocol):
+    """A backend that may keep a state elsewhere between steps."""
+
+    def bring(self) -> None:
+        """Make the arrays of that state current, and look at them again in the next step."""
+        ...
+
+
 def dimension(text: str, sizes: dict[str, int]) -> int:
     """A state dimension from the manifest: a number, a symbol, or `symbol//number`."""
     symbol, _, divisor = text.partition("//")
@@ -59,6 +68,10 @@ def load_backend(artifact: Artifact, threads: int | None, tables: TableOptions |
         from .onnx_backend import OnnxBackend
 
         return OnnxBackend(artifact, threads)
+    if artifact.meta["format"] == "plan":
+        from .gpu_backend import GpuBackend
+
+        return GpuBackend(artifact, resident=True)
     try:
         from .tvm_backend import TvmBackend
     except ImportError as error:

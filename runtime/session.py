@@ -15,7 +15,7 @@ import numpy.typing as npt
 from dsv4c.errors import SessionError, UsageError
 
 from . import buffers, snapshot
-from .backends import Backend, Logits, dimension, load_backend
+from .backends import Backend, Logits, Resident, dimension, load_backend
 from .container import Artifact
 from .engram.options import TableOptions
 from .images import ImagePlan, ImageRules, expand, load_patches
@@ -355,11 +355,13 @@ class Session:
 
     def reset(self) -> None:
         """Forget everything; the session is as new."""
+        self.bring_state()
         for array in self.state.values():
             array[...] = 0
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a file that an equal artifact can load."""
+        self.bring_state()
         snapshot.save(Path(path), self.state, self._identity())
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -368,17 +370,24 @@ class Session:
         Raises:
             SessionError: not a saved session, or of another model, batch or context.
         """
+        self.bring_state()
         for name, array in snapshot.load(Path(path), self.state, self._identity()).items():
             self.state[name][...] = array
 
     def fork(self) -> Session:
         """A second session at the same point; weights and code are shared, state is copied."""
+        self.bring_state()
         twin = object.__new__(Session)
         twin.__dict__.update(self.__dict__)
         twin.state = self._fresh()
         for name, array in self.state.items():
             twin.state[name][...] = array
         return twin
+
+    def bring_state(self) -> None:
+        """Have the state in its arrays, wherever the backend keeps it between steps."""
+        if isinstance(self.backend, Resident):
+            self.backend.bring()
 
     def _identity(self) -> dict[str, Any]:
         return {"model": self.artifact.meta["identity"], "batch": self.batch, "context": self.context}

@@ -101,6 +101,7 @@ def verify(artifact: Artifact, threads: int | None = None, opener: Opener | None
         for layer, seen in getattr(session.backend, "probes", {}).items():
             streams.setdefault(layer, []).append(seen[0])
         at += count
+    session.bring_state()
     found = {f"golden.state.{name}": value[:1] for name, value in session.state.items()}
     found |= {f"golden.block.{layer}": np.concatenate(parts) for layer, parts in streams.items()}
     found["golden.logits"] = np.concatenate(logits)

@@ -62,6 +62,7 @@ class Format:
         shows_blocks: whether its programs can hand out the residual streams after every layer, for checks.
         emits_parts: whether its emitter writes `Module.parts`; others drop them.
         roundings: values of the attribute `rounding`, and of `round_values.rule`, that its emitter takes.
+        numerics: what it offers in place of its arch's; None where it offers those.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Format:
     roundings: frozenset[str] = frozenset(
         {"none", "bf16", "e4m3", "e2m1", "e2m1_e4m3", "int8", "bf16_rows", "reference"}
     )
+    numerics: Mapping[str, str] | None = None
 
     def takes(self, op: Op) -> bool:
         """Whether an op rounds in a way that the emitter knows, or not at all."""
@@ -88,7 +90,7 @@ class Target:
     Attributes:
         ops: what may reach an emitter, whatever the format.
         numerics: name -> passes to run in front of a format's pipeline, as text; behind the word `default`
-            may stand edits of that pipeline. An arch may have its own.
+            may stand edits of that pipeline. An arch may have its own, and so may a format.
         dialect: the ONNX it takes, where it takes any of fixed shapes; an arch may have its own.
     """
 
@@ -109,8 +111,11 @@ class Target:
             if not names or len(set(names)) != len(names):
                 raise TargetError(f"{what}s must be distinct and at least one, got {names}", where=self.name)
 
-    def numerics_of(self, arch: Arch) -> Mapping[str, str]:
-        """The numerics of an arch, the default first."""
+    def numerics_of(self, arch: Arch, form: Format | None = None) -> Mapping[str, str]:
+        """The numerics of an arch in a format, the default first; None is the first format."""
+        form = form or self.formats[0]
+        if form.numerics is not None:
+            return form.numerics
         return self.numerics if arch.numerics is None else arch.numerics
 
     def dialect_of(self, arch: Arch) -> Dialect | None:

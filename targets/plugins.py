@@ -122,7 +122,8 @@ def _check(target: Target, devices: Collection[str], origin: str) -> None:
     for arch in target.archs:
         if arch.device and arch.device not in devices:
             raise unknown("device", arch.device, devices, TargetError, f"{where}, arch {arch.name!r}")
-    for numerics in (target.numerics, *(target.numerics_of(a) for a in target.archs)):
+    each = [target.numerics_of(a, f) for a in target.archs for f in target.formats]
+    for numerics in (target.numerics, *each):
         strange = numerics.keys() - {*TOLERANCES, "reference"}
         if strange or not numerics:
             allowed = f"some of {', '.join(TOLERANCES)}, reference: artifacts are held to what these promise"

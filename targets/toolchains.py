@@ -137,6 +137,11 @@ ONNXRUNTIME = Tool(
     package("onnxruntime", "onnxruntime"),
 )  # fmt: skip
 
+TRITON = Tool(
+    "triton", "format plan: compile the kernels of GPUs, with the assemblers that it brings",
+    'pip install "dsv4c[gpu]"', package("triton", "triton"), compiling=True,
+)  # fmt: skip
+
 CPU = (
     Tool("apache-tvm", "format tvm", COMPILE, package("tvm", "apache-tvm"), compiling=True),
     Tool(

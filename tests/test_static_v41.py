@@ -46,7 +46,10 @@ def built(models: Models, folder: Path, target: str, numerics: str, passes: str 
     if not path.exists():
         source = models.module("v41")
         checked = passes == SHAPES
-        dsv4c.compile(source, output=path, target=target, numerics=numerics, passes=passes, golden=checked)
+        dsv4c.compile(
+            source, output=path, target=target, numerics=numerics, format="onnx", passes=passes,
+            golden=checked,
+        )  # fmt: skip
     return path
 
 

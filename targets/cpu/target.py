@@ -6,7 +6,7 @@ import platform
 
 from dsv4c.runtime.cpu import cpu_flags
 from dsv4c.targets.base import Arch, Emitter, Format, Target
-from dsv4c.targets.onnx.ops import FUSE, OPS, VISION
+from dsv4c.targets.onnx.ops import BF16, FUSE, OPS, VISION
 
 _V2 = ("cx16", "popcnt", "sse4_1", "sse4_2", "ssse3")
 _V3 = (*_V2, "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
@@ -103,7 +103,7 @@ CPU = Target(
     default_arch=host_arch,
     numerics={
         "exact": "",
-        "bf16": 'default,before(merge_projections, quantise_activations{rule="bf16"})',
+        "bf16": BF16,
         "reference": "apply_reference_rounding",
     },
 )

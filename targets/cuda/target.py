@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dsv4c.targets.base import Arch, Emitter, Format, Target
+from dsv4c.targets.gpu.ops import PLAN
 from dsv4c.targets.onnx.ops import FP8_BF16, HALF, OPS, PIPELINE, ROUNDED, ROUNDINGS
 
 from .dialect import cuda_dialect
@@ -30,10 +31,10 @@ ONNX = Format("onnx", PIPELINE, {"onnx": "onnx"}, _load_onnx, ROUNDED, shows_blo
 
 CUDA = Target(
     name="cuda",
-    doc="NVIDIA GPUs, by ONNX for the CUDA provider of ONNX Runtime",
+    doc="NVIDIA GPUs, by machine code with a launch plan, or ONNX for the CUDA provider",
     archs=ARCHS,
     ops=OPS,
-    formats=(ONNX,),
+    formats=(PLAN, ONNX),
     default_arch=lambda: "sm_90a",
     numerics={"fast": FP8_BF16, "half": HALF, "exact": ""},
     dialect=cuda_dialect,

@@ -69,3 +69,6 @@ HALF = (
     ',quantise_activations{rule="fp16"},default,with(narrow_weights{storage="fp16"})'
 )
 """Matrices in FP16, and FP16 products of them."""
+
+BF16 = 'default,before(merge_projections, quantise_activations{rule="bf16"})'
+"""Numerics, for formats that join projections: what matrices are multiplied by is rounded to BF16."""

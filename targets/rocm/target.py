@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dsv4c.targets.base import Arch, Emitter, Format, Target
+from dsv4c.targets.gpu.ops import PLAN
 from dsv4c.targets.onnx.ops import FNUZ, HALF, OPS, PIPELINE, ROUNDED, ROUNDINGS
 
 from .dialect import rocm_dialect
@@ -29,10 +30,10 @@ ONNX = Format("onnx", PIPELINE, {"onnx": "onnx"}, _load_onnx, ROUNDED, shows_blo
 
 ROCM = Target(
     name="rocm",
-    doc="AMD GPUs, by ONNX for MIGraphX",
+    doc="AMD GPUs, by machine code with a launch plan, or ONNX for MIGraphX",
     archs=ARCHS,
     ops=OPS,
-    formats=(ONNX,),
+    formats=(PLAN, ONNX),
     default_arch=lambda: "gfx942",
     numerics={"fast": HALF, "half": HALF, "exact": ""},
     dialect=rocm_dialect,

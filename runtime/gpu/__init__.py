@@ -1,0 +1,1 @@
+"""Devices that execute launch plans, and the check of every launch without one."""

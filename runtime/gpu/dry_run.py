@@ -1,0 +1,78 @@
+"""A device that computes nothing and believes nothing: every address of a launch must lie in live memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dsv4c.errors import ArtifactError
+from dsv4c.runtime.container.plan import ALIGN, Kernel
+
+from .device import Scalar, packed_bytes
+
+_BASE = 1 << 40
+
+
+class DryRunDevice:
+    """Memory is bookkeeping: what was written is kept, results are zeros.
+
+    Attributes:
+        launches: (kernel, grid) of all launches so far.
+    """
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, tuple[int, int, int]]] = []
+        self._kernels: Sequence[Kernel] = ()
+        self._memory: dict[int, int] = {}
+        self._next = _BASE
+
+    def load(self, kernels: Sequence[Kernel], code: bytes) -> None:
+        for kernel in kernels:
+            if kernel.offset + kernel.nbytes > len(code):
+                raise ArtifactError(f"the code of {kernel.name} lies outside the section", where="dry run")
+        self._kernels = kernels
+
+    def allocate(self, nbytes: int) -> int:
+        address, self._next = self._next, self._next + -(-max(nbytes, 1) // ALIGN) * ALIGN + ALIGN
+        self._memory[address] = nbytes
+        return address
+
+    def free(self, address: int) -> None:
+        if self._memory.pop(address, None) is None:
+            raise ArtifactError(f"{address:#x} was not allocated", where="dry run")
+
+    def write(self, address: int, array: npt.NDArray[Any]) -> None:
+        self._inside(address, packed_bytes(array).nbytes, "write")
+
+    def read(self, address: int, array: npt.NDArray[Any]) -> None:
+        self._inside(address, array.nbytes, "read")
+        array[...] = np.zeros((), array.dtype)
+
+    def launch(self, kernel: int, grid: tuple[int, int, int], values: Sequence[Scalar]) -> None:
+        found = self._kernels[kernel]
+        for parameter, value in zip(found.parameters, values, strict=True):
+            if parameter.is_pointer:
+                self._inside(int(value), 1, f"{found.name}.{parameter.name}")
+                if parameter.divisible and int(value) % 16:
+                    raise ArtifactError(
+                        f"{value:#x} is no multiple of 16", where=f"{found.name}.{parameter.name}"
+                    )
+        self.launches.append((found.name, grid))
+
+    def begin_graph(self) -> bool:
+        return False
+
+    def end_graph(self) -> object:
+        raise ArtifactError("no graph was begun", where="dry run")
+
+    def run_graph(self, graph: object) -> None:
+        raise ArtifactError("no graph was recorded", where="dry run")
+
+    def _inside(self, address: int, nbytes: int, what: str) -> None:
+        for start, there in self._memory.items():
+            if start <= address and address + nbytes <= start + there:
+                return
+        raise ArtifactError(f"{nbytes} bytes at {address:#x} are no live memory", where=f"dry run, {what}")

@@ -1,0 +1,1 @@
+"""CUDA and ROCm device code: kernels in Triton, launch plans, and their emitter."""

@@ -1,0 +1,41 @@
+"""What reaches the emitter of launch plans, and by which passes; imports no toolchain."""
+
+from __future__ import annotations
+
+from dsv4c.targets.base import Emitter, Format
+from dsv4c.targets.onnx.ops import BF16, FUSE
+
+PLAN_PIPELINE = (
+    FUSE + ',fuse_norm_rotary,fuse_rotary_write,narrow_weights{storage="packed"},fold_shared_expert'
+    ",merge_projections,plan_memory{tokens=256, batch=1}"
+)
+"""From MODEL to TARGET: weights stay codes and scales, which kernels decode in registers."""
+
+PLAN_OPS = frozenset({
+    "weight", "embed", "repeat_streams", "linear", "grouped_linear", "rms_norm", "unit_norm", "split_heads",
+    "merge_heads", "split_columns", "add", "scale", "clamp", "swiglu", "clamped_swiglu", "gather_rows",
+    "positions", "entry_positions", "advance", "ring_write", "rope_angles", "rotary", "norm_rotary",
+    "position_bias", "entries_close", "index_select", "attention", "hc_mix", "hc_collapse", "hc_expand",
+    "hc_head_mix", "sqrt_softplus", "route_topk", "route_hash", "route_weights", "add_route", "expert_mlp",
+    "round_values", "compress_tokens", "ngram_rows", "ngram_history", "engram_rows", "engram_gate",
+})  # fmt: skip
+"""Every op that `emit_plan` takes."""
+
+PLAN_NUMERICS = {"bf16": BF16, "exact": ""}
+"""What matrix units do best; and exact, by three products for one."""
+
+PLAN_ROUNDINGS = frozenset({"none", "bf16", "bf16_rows"})
+"""How they may round; see `Format.roundings`."""
+
+
+def _load() -> Emitter:
+    from .emit import emit_plan
+
+    return emit_plan
+
+
+PLAN = Format(
+    "plan", PLAN_PIPELINE, {"triton": "triton"}, _load, PLAN_OPS, roundings=PLAN_ROUNDINGS,
+    numerics=PLAN_NUMERICS,
+)  # fmt: skip
+"""The format of both vendors: machine code and a launch plan."""

@@ -1,0 +1,49 @@
+"""A process that runs launch plans in Triton's interpreter, for tests: requests come pickled, one after
+another.
+
+A request is (path of an artifact, [(inputs, states)]); the answer is [(outputs, states)], or the text of an
+error. Triton is imported with its interpreter on, which cannot be undone in a process; hence this one.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / ".pkg"))
+
+from dsv4c.runtime.container import Artifact
+from dsv4c.runtime.gpu_backend import GpuBackend
+from dsv4c.targets.gpu.interpret import InterpreterDevice  # switches the interpreter on
+
+
+def answer(path: str, calls: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[Any]:
+    """Every call on one backend, states updated in place."""
+    backend, out = GpuBackend(Artifact.open(path), InterpreterDevice(), check=True), []
+    for inputs, state in calls:
+        out.append((backend.call(inputs, state), state))
+    return out
+
+
+def main() -> None:
+    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what kernels print must not get between the answers
+    while True:
+        try:
+            path, calls = pickle.load(source)
+        except EOFError:
+            return
+        try:
+            found: Any = answer(path, calls)
+        except Exception:
+            found = traceback.format_exc()
+        pickle.dump(found, sink)
+        sink.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""An artifact for a GPU through the command line, where there is no GPU: compiled, rehearsed, refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from gpu_support import GOLDEN
+
+from dsv4c import Session, cli
+from dsv4c.errors import ToolchainError
+from dsv4c.runtime.container import Artifact
+
+pytest.importorskip("triton", reason="Triton is not installed: make oracle")
+pytestmark = pytest.mark.oracle
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gpu") / "m.dsv4"
+    assert cli.main(["compile", str(GOLDEN / "v4"), "--target", "cuda:sm_90a", "-o", str(path)]) == 0
+    return path
+
+
+def test_the_first_format_is_machine_code(artifact: Path) -> None:
+    meta = Artifact.open(artifact).meta
+    assert (meta["format"], meta["numerics"], meta["target"]) == ("plan", "bf16", "cuda")
+    kernels = meta["plan"]["kernels"]
+    assert kernels and all(k["registers"] <= 255 for k in kernels)
+
+
+def test_verify_checks_every_launch_here(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", str(artifact), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] and not found["computed"] and found["steps"] == 5
+    assert found["launches"] > found["kernels"] > 20
+    assert cli.main(["verify", str(artifact)]) == 0
+    assert "nothing computed" in capsys.readouterr().out
+
+
+def test_without_a_driver_nothing_runs(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if Path("/proc/driver/nvidia").exists():
+        pytest.skip("this machine has the driver")
+    with pytest.raises(ToolchainError, match="driver"):
+        Session(artifact)
+    assert cli.main(["verify", str(artifact), "--on", "device"]) == 2
+    assert "driver" in capsys.readouterr().err
