@@ -71,9 +71,10 @@ def main() -> None:
             summary(group, name, runs, errors[name], mine.get(name, {})) for name, runs in rounds.items()
         ]
         report["ceilings"][group.name] = ceilings
+        write(report, options)  # what is there stays if a later group fails
     if not options.quick:
         report |= alone.measure_all(artifacts, options.long.split(","), options.threads)
-    write(report, options)
+        write(report, options)
 
 
 def arguments() -> argparse.Namespace:
@@ -107,14 +108,28 @@ def start(
         given = (str(checkpoint), str(threads), *how.split(":"))
         workers.append(Worker(f"transformers {how}", "worker_transformers.py", *given, threads=threads))
     if options.rivals:
-        python = str(RIVALS)
-        path = make_gguf(checkpoint, Path(options.dir), group.gguf, python)
-        given = (str(path), str(threads), str(CONTEXT))
-        name = f"llama.cpp {group.gguf}"
-        workers.append(Worker(name, "worker_llama.py", *given, python=python, threads=threads))
+        path = make_gguf(checkpoint, Path(options.dir), group.gguf, str(RIVALS))
+        workers.append(llama(group.gguf, path, options))
     for name, a in artifacts.items():
         workers.append(Worker(name, "worker_dsv4c.py", a["path"], str(threads), str(CONTEXT)))
     return workers
+
+
+def llama(kind: str, path: Path, options: argparse.Namespace) -> Worker:
+    """llama.cpp as it comes, or with weights as they are stored where it aborts otherwise."""
+    given = (str(path), str(options.threads), str(CONTEXT))
+    for how in ("", "plain"):
+        more = filter(None, [how])
+        name = f"llama.cpp {kind} {how}".rstrip()
+        worker = Worker(
+            name, "worker_llama.py", *given, *more, python=str(RIVALS), threads=options.threads
+        )
+        try:
+            worker.measure("logits", options.prefill)
+            return worker
+        except SystemExit as error:
+            print(f"{error}: left out", file=sys.stderr, flush=True)
+    raise SystemExit(f"llama.cpp runs {path} in no way")
 
 
 def errors_of(

@@ -1,9 +1,10 @@
 """Measures llama.cpp on a GGUF file; obeys lines on standard input (see `protocol`).
 
-    worker_llama.py FILE THREADS CONTEXT
+    worker_llama.py FILE THREADS CONTEXT [plain]
 
 Runs in the environment of `rivals-requirements.txt`. Flash attention is on, a prompt is one batch, and only
-the last token's logits are asked for: the fastest settings that were found.
+the last token's logits are asked for: the fastest settings that were found. `plain` leaves weights in the
+layout of the file, without the buffers for tile registers and repacked blocks.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ BATCH = 512
 class Model:
     """A model with one sequence."""
 
-    def __init__(self, path: str, threads: int, context: int) -> None:
+    def __init__(self, path: str, threads: int, context: int, plain: bool) -> None:
         self._log = llama.llama_log_callback(lambda level, text, data: None)
         llama.llama_log_set(self._log, ctypes.c_void_p(0))
         llama.llama_backend_init()
-        self._model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
+        how = llama.llama_model_default_params()
+        how.use_extra_bufts = not plain
+        self._model = llama.llama_model_load_from_file(path.encode(), how)
         params = llama.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = context, BATCH, BATCH
         params.n_threads = params.n_threads_batch = threads
@@ -58,7 +61,7 @@ class Model:
 
 def main() -> None:
     path, threads, context = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    model = Model(path, threads, context)
+    model = Model(path, threads, context, "plain" in sys.argv[4:])
 
     def last(tokens: int) -> npt.NDArray[np.float32]:
         model.reset()
