@@ -21,8 +21,10 @@ def zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
 
 
 def aligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The array itself when aligned, writable and contiguous, else a copy that is."""
-    if array.ctypes.data % ALIGNMENT == 0 and array.flags.c_contiguous and array.flags.writeable:
+    """The array itself when aligned, writable, contiguous and not empty, else a copy that is."""
+    # NumPy may give empty arrays strides of zero, which compiled code refuses
+    whole = array.size and array.flags.c_contiguous and array.flags.writeable
+    if whole and array.ctypes.data % ALIGNMENT == 0:
         return array
     copy = zeros(array.shape, array.dtype)
     copy[...] = array

@@ -158,7 +158,7 @@ CPU = (
 CUDA_DRIVER = "the driver of the card, from NVIDIA or your distribution"
 
 CUDA = (
-    ONNX, ONNXRUNTIME,
+    TRITON, ONNX, ONNXRUNTIME,
     Tool(
         "onnxruntime-gpu", "dsv4c verify --on device: the CUDA provider",
         "pip install onnxruntime-gpu, in an environment without onnxruntime; with CUDA 13 and cuDNN 9",
@@ -168,7 +168,7 @@ CUDA = (
 )  # fmt: skip
 
 ROCM = (
-    ONNX, ONNXRUNTIME,
+    TRITON, ONNX, ONNXRUNTIME,
     Tool(
         "onnxruntime-migraphx", "dsv4c verify --on device: the MIGraphX provider",
         "pip install onnxruntime-migraphx, in an environment without onnxruntime; glibc 2.34 or later",

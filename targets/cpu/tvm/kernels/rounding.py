@@ -277,7 +277,8 @@ def expert_gated(experts: int, inner: int, topk: int, limit: float):
 
     def gated(gate, up, weight):
         g = T.min(gate, T.float32(limit))
-        return bf16(g * sigmoid(g) * T.max(T.min(up, T.float32(limit)), T.float32(-limit)) * weight)
+        up = T.max(T.min(up, T.float32(limit)), T.float32(-limit))
+        return bf16(T.bind(g * sigmoid(g) * up * weight))  # bound, because it is looked at more than once
 
     @T.prim_func(s_tir=True)
     def func(h: T.handle, g: T.handle, o: T.handle, s: T.handle, y: T.handle):
