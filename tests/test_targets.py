@@ -268,7 +268,7 @@ def test_check_as_json(dsv4c: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert onnx["compiling"] and onnx["found"]["version"] == importlib.metadata.version("onnx")
     assert tools["cpu", "ziglang"]["instead_of"] == "cc"
     compiling = {name for (target, name), x in tools.items() if target != "cpu" and x["compiling"]}
-    assert compiling == {"onnx"}
+    assert compiling == {"onnx", "triton"}
 
 
 def test_a_missing_tool_of_the_compiler_is_said_first(dsv4c: Call, monkeypatch: pytest.MonkeyPatch) -> None:
