@@ -140,6 +140,11 @@ class Target:
         """The ops that may reach the emitter of a format."""
         return self.ops | self.format(format).extra_ops
 
+    def elsewhere(self, op: str) -> str:
+        """What to say to whom a format refuses an op; "" where no other one takes it."""
+        takers = [f.name for f in self.formats if op in self.legal(f.name)]
+        return f"--format {takers[0]} takes it" if takers else ""
+
     def format(self, name: str) -> Format:
         """The format of that name; "" is the first."""
         name = name or self.formats[0].name

@@ -317,6 +317,14 @@ def test_every_target_has_its_tools() -> None:
 # ------------------------------------------------------------------------------------- legality
 
 
+def test_a_format_that_lacks_an_op_names_one_that_has_it() -> None:
+    """V4.1 has no launch plan, and a form in ONNX."""
+    for target in (TARGETS["cuda"], TARGETS["rocm"]):
+        assert "merge_images" not in target.legal("plan")
+        assert target.elsewhere("merge_images") == "--format onnx takes it"
+        assert target.elsewhere("no such op") == ""
+
+
 def fused(name: str, loc: str) -> Module:
     """A module at level FUSED with one op."""
     types, attrs, _ = VALID[name]

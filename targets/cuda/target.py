@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv4c.targets.base import Arch, Emitter, Format, Target
-from dsv4c.targets.gpu.ops import PLAN
+from dsv4c.targets.gpu.ops import PLAN, PLAN_OPS
 from dsv4c.targets.onnx.ops import FP8_BF16, HALF, OPS, PIPELINE, ROUNDED, ROUNDINGS
 
 from .dialect import cuda_dialect
@@ -27,13 +27,15 @@ def _load_onnx() -> Emitter:
     return emit_cuda_onnx
 
 
-ONNX = Format("onnx", PIPELINE, {"onnx": "onnx"}, _load_onnx, ROUNDED, shows_blocks=True, roundings=ROUNDINGS)
+ONNX = Format(
+    "onnx", PIPELINE, {"onnx": "onnx"}, _load_onnx, OPS | ROUNDED, shows_blocks=True, roundings=ROUNDINGS
+)
 
 CUDA = Target(
     name="cuda",
     doc="NVIDIA GPUs, by machine code with a launch plan, or ONNX for the CUDA provider",
     archs=ARCHS,
-    ops=OPS,
+    ops=OPS & PLAN_OPS,
     formats=(PLAN, ONNX),
     default_arch=lambda: "sm_90a",
     numerics={"fast": FP8_BF16, "half": HALF, "exact": ""},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv4c.targets.base import Arch, Emitter, Format, Target
-from dsv4c.targets.gpu.ops import PLAN
+from dsv4c.targets.gpu.ops import PLAN, PLAN_OPS
 from dsv4c.targets.onnx.ops import FNUZ, HALF, OPS, PIPELINE, ROUNDED, ROUNDINGS
 
 from .dialect import rocm_dialect
@@ -26,13 +26,15 @@ def _load_onnx() -> Emitter:
     return emit_rocm_onnx
 
 
-ONNX = Format("onnx", PIPELINE, {"onnx": "onnx"}, _load_onnx, ROUNDED, shows_blocks=True, roundings=ROUNDINGS)
+ONNX = Format(
+    "onnx", PIPELINE, {"onnx": "onnx"}, _load_onnx, OPS | ROUNDED, shows_blocks=True, roundings=ROUNDINGS
+)
 
 ROCM = Target(
     name="rocm",
     doc="AMD GPUs, by machine code with a launch plan, or ONNX for MIGraphX",
     archs=ARCHS,
-    ops=OPS,
+    ops=OPS & PLAN_OPS,
     formats=(PLAN, ONNX),
     default_arch=lambda: "gfx942",
     numerics={"fast": HALF, "half": HALF, "exact": ""},

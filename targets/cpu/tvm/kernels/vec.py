@@ -115,24 +115,6 @@ def sigmoid(x):
     return T.float32(1) / (T.float32(1) + exp(T.float32(0) - x))
 
 
-def transposed(rows, lanes: int):
-    """The columns of `lanes` vectors, in registers, by exchanges of halves; `lanes` is a power of two."""
-    whole, half = T.ramp(0, 1, lanes), lanes // 2
-    *found, spare = [T.alloc_buffer((lanes,), "float32") for _ in range(lanes + 1)]
-    for buffer, row in zip(found, rows, strict=True):
-        T.buffer_store(buffer, row, [whole])
-    while half:
-        low = [lanes + i - half if i & half else i for i in range(lanes)]
-        high = [lanes + i if i & half else i + half for i in range(lanes)]
-        for i in (i for i in range(lanes) if not i & half):
-            both = [found[i][whole], found[i + half][whole]]
-            T.buffer_store(spare, T.Shuffle(both, low), [whole])
-            T.buffer_store(found[i + half], T.Shuffle(both, high), [whole])
-            T.buffer_store(found[i], spare[whole], [whole])
-        half //= 2
-    return [buffer[whole] for buffer in found]
-
-
 def weight_dtype(bf16: bool) -> str:
     """How TIR sees the storage of a weight."""
     return "uint16" if bf16 else "float32"
