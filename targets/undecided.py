@@ -26,7 +26,7 @@ SHADOWS = 7
 """They are rows of one batch, so every weight is read and decoded once for all of them."""
 NOISE = 2.0**-22
 """Two units in the last place of float32: what sums in another order differ by, relative to their terms."""
-REACH = 2.0
+REACH = 3.0
 """Shadows choose by scores this many times as far off as theirs are; it reaches what their draw misses."""
 STEADY = 0.5
 """A row is decided where shadows move it by no more than this part of the tolerance."""
@@ -51,7 +51,9 @@ class ShadowedEvaluator(Evaluator):
     """Evaluates a batch of 1 + `shadows` equal rows: row 0 as the IR says in float32, the others with noise.
 
     In shadows every computed float is multiplied by 1 + u, |u| <= `NOISE`, and so is what a rule with a scale
-    that is no power of two rounds. Choices are made from operands `REACH` times as far off as they are.
+    that is no power of two rounds. Choices are made from operands `REACH` times as far off as they are, by
+    every second shadow in the opposite direction: where row 0 lies at the edge of a rounding step, all draws
+    may move a score the same way.
 
     Args:
         watched: values that are kept in `seen`, step after step; all others are freed when last read.
@@ -97,7 +99,7 @@ class ShadowedEvaluator(Evaluator):
 
     def _choose(self, op: Op, values: dict[Value, Arr]) -> tuple[Arr, ...]:
         operands = [
-            _apart(array, REACH) if v.type.dtype.is_float and self._owners(v) is not None else array
+            _apart(array) if v.type.dtype.is_float and self._owners(v) is not None else array
             for v, array in zip(op.operands, self._operands(op, values), strict=True)
         ]
         results = self._again(op, operands)
@@ -134,11 +136,13 @@ class ShadowedEvaluator(Evaluator):
         return out
 
 
-def _apart(x: Arr, times: float) -> Arr:
-    """x [B,...] with rows `times` as far from row 0 as they are; what is infinite stays."""
+def _apart(x: Arr) -> Arr:
+    """x [B,...] with rows `REACH` times as far from row 0 as they are, odd and even ones on either side of it;
+    what is infinite stays."""
     finite = np.isfinite(x) & np.isfinite(x[:1])
     moved = np.subtract(x, x[:1], out=np.zeros_like(x), where=finite)
-    out: Arr = x + x.dtype.type(times - 1) * moved
+    times = np.where(np.arange(len(x)) % 2, REACH, -REACH).reshape(-1, *[1] * (x.ndim - 1))
+    out: Arr = np.where(finite, x[:1] + times.astype(x.dtype) * moved, x)
     return out
 
 
