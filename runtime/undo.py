@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 State = dict[str, npt.NDArray[Any]]
 Counts = npt.NDArray[np.integer]
+_WHOLE = ["whole"]
 
 
 class Undo:
@@ -35,28 +36,36 @@ class Undo:
         Args:
             counts: [B] tokens that the rows will be fed inside, in one step or in many; None is any number.
         """
-        saved = [(name, at, state[name][at].copy()) for name, at in self._parts(state, counts)]
+        parts = self._parts(state, counts)
+        saved = [part.copy() for part in parts]
         try:
             yield
         except BaseException:
-            for name, at, before in saved:
-                state[name][at] = before
+            for part, before in zip(parts, saved, strict=True):
+                part[...] = before
             raise
 
-    def _parts(self, state: State, counts: Counts | None) -> Iterator[tuple[str, Any]]:
+    def _parts(self, state: State, counts: Counts | None) -> list[npt.NDArray[Any]]:
+        """Views of what a step may write. Made anew for every token, so by slices alone, which cost least."""
         if counts is None or "pos" not in state:
-            yield from ((name, ...) for name in state)
-            return
+            return list(state.values())
+        parts: list[npt.NDArray[Any]] = []
         steps = list(zip(state["pos"].tolist(), counts.tolist(), strict=True))
         for name, array in state.items():
-            kind, *numbers = self._writes.get(name, ["whole"])
+            kind, *numbers = self._writes.get(name, _WHOLE)
             if kind == "whole":
-                yield name, ...
-                continue
-            for row, (start, count) in enumerate(steps):
-                if kind == "ring":
-                    slots = np.arange(start, start + min(count, array.shape[1])) % array.shape[1]
-                    yield name, (row, slots)
-                else:
-                    ratio = int(numbers[0])
-                    yield name, (row, slice(start // ratio, (start + count) // ratio))
+                parts.append(array)
+            elif kind == "ring":
+                size = array.shape[1]
+                for row, (start, count) in enumerate(steps):
+                    first, end = start % size, start % size + min(count, size)
+                    parts.append(array[row, first:end])
+                    if end > size:
+                        parts.append(array[row, : end - size])
+            else:
+                (ratio,) = numbers
+                for row, (start, count) in enumerate(steps):
+                    first, end = start // ratio, (start + count) // ratio
+                    if end > first:
+                        parts.append(array[row, first:end])
+        return parts

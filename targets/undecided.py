@@ -137,7 +137,7 @@ class ShadowedEvaluator(Evaluator):
 
 
 def _apart(x: Arr) -> Arr:
-    """x [B,...] with rows `REACH` times as far from row 0 as they are, odd and even ones on either side of it;
+    """x [B,...] with rows `REACH` times as far from row 0 as they are, every second on the other side of it;
     what is infinite stays."""
     finite = np.isfinite(x) & np.isfinite(x[:1])
     moved = np.subtract(x, x[:1], out=np.zeros_like(x), where=finite)
