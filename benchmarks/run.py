@@ -36,7 +36,8 @@ RIVALS = HERE.parent / "build" / "rivals-env" / "bin" / "python"
 CONTEXT = 1024
 SPEEDS = ("prefill", "decode", "batch")
 COSTS = ("storage", "numerics", "token_bytes", "prompt_tokens", "prompt_flops")
-REFERENCE = "transformers float32:eager"
+REFERENCE = "transformers float32"
+"""How the name of the program begins whose logits the others are compared with."""
 
 Facts = dict[str, Any]
 Rounds = dict[str, list[dict[str, float]]]
@@ -61,7 +62,8 @@ def main() -> None:
         workers = start(group, mine, checkpoint, options)
         try:
             logits = {w.name: unpacked_logits(w.measure("logits", options.prefill)) for w in workers}
-            reference = logits.get(REFERENCE) if reference is None else reference
+            if reference is None:
+                reference = next((x for name, x in logits.items() if name.startswith(REFERENCE)), None)
             errors = errors_of(logits, reference, group)
             rounds, ceilings = measure(workers, options)
         finally:
@@ -104,15 +106,37 @@ def start(
     """One process for each program of a group; those that need much memory while they load come first."""
     threads = options.threads
     workers = []
-    for how in group.transformers if options.rivals else ():
-        given = (str(checkpoint), str(threads), *how.split(":"))
-        workers.append(Worker(f"transformers {how}", "worker_transformers.py", *given, threads=threads))
     if options.rivals:
+        workers += [transformers(how, checkpoint, options) for how in heats(group, checkpoint, options)]
         path = make_gguf(checkpoint, Path(options.dir), group.gguf, str(RIVALS))
         workers.append(llama(group.gguf, path, options))
     for name, a in artifacts.items():
         workers.append(Worker(name, "worker_dsv4c.py", a["path"], str(threads), str(CONTEXT)))
     return workers
+
+
+def transformers(how: str, checkpoint: Path, options: argparse.Namespace) -> Worker:
+    given = (str(checkpoint), str(options.threads), *how.split(":"))
+    return Worker(f"transformers {how}", "worker_transformers.py", *given, threads=options.threads)
+
+
+def heats(group: Group, checkpoint: Path, options: argparse.Namespace) -> list[str]:
+    """Which implementations run in the rounds: the fastest in a prompt and the fastest in tokens, mostly one.
+
+    All of them at once beside the rest do not fit into memory, and pages would come from disk.
+    """
+    if len(group.transformers) < 2:
+        return list(group.transformers)
+    found: dict[str, tuple[float, float]] = {}
+    for how in group.transformers:
+        worker = transformers(how, checkpoint, options)
+        worker.measure("prefill", options.prefill)
+        prompt = worker.measure("prefill", options.prefill)["seconds"]
+        found[how] = (prompt, worker.measure("decode", options.batch)["seconds"] / options.batch)
+        worker.close()
+    print(f"{group.name}: seconds of a prompt, of a token: {found}", file=sys.stderr, flush=True)
+    best = {min(found, key=lambda how: found[how][i]) for i in range(2)}
+    return [how for how in group.transformers if how in best]
 
 
 def llama(kind: str, path: Path, options: argparse.Namespace) -> Worker:
@@ -121,10 +145,10 @@ def llama(kind: str, path: Path, options: argparse.Namespace) -> Worker:
     for how in ("", "plain"):
         more = filter(None, [how])
         name = f"llama.cpp {kind} {how}".rstrip()
-        worker = Worker(
-            name, "worker_llama.py", *given, *more, python=str(RIVALS), threads=options.threads
-        )
         try:
+            worker = Worker(
+                name, "worker_llama.py", *given, *more, python=str(RIVALS), threads=options.threads
+            )
             worker.measure("logits", options.prefill)
             return worker
         except SystemExit as error:

@@ -17,7 +17,12 @@ def zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     size = prod(shape) * np.dtype(dtype).itemsize
     raw = np.zeros(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
+    array = raw[start : start + size].view(dtype).reshape(shape)
+    if size:
+        return array
+    # NumPy makes up strides of empty arrays; compiled code compares them with those of a compact one
+    strides = [array.itemsize * prod(shape[i + 1 :]) for i in range(len(shape))]
+    return np.lib.stride_tricks.as_strided(array, strides=strides)
 
 
 def aligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

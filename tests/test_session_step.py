@@ -113,14 +113,17 @@ def test_the_context_is_chosen_at_run_time(models: Models, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("context", [1, 3, 15, 16])
-def test_contexts_smaller_than_a_window(models: Models, form: str, context: int) -> None:
+@pytest.mark.parametrize(("context", "batch"), [(1, 1), (3, 1), (15, 1), (16, 1), (3, 2)])
+def test_contexts_smaller_than_a_window(models: Models, form: str, context: int, batch: int) -> None:
     """No compressed entry, or only one, fits; the last position can be used."""
     ids = ids_of(context)
-    session = models.session(NAME, form, context=context)
-    same(form, feed(session, ids, [1] * context), feed(models.session(NAME, form), ids, [1] * context))
+    session = models.session(NAME, form, context=context, batch=batch)
+    want = feed(models.session(NAME, form), ids, [1] * context)
+    for at, token in enumerate(ids):
+        for found in session.step([[token]] * batch):
+            same(form, found, want[at : at + 1])
     with pytest.raises(SessionError, match="the context is full"):
-        session.step([[5]])
+        session.step([[5]] * batch)
 
 
 @pytest.mark.parametrize("form", FORMATS)
