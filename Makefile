@@ -48,9 +48,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Two workers share the cores already; a pool of BLAS threads in each would only fight over them.
+# Two workers share the cores already; a pool of threads in each would only fight over them. All tests of a
+# file go to one worker, so that what they share is made once.
+PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
 test: lint
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	$(PYTEST)
 
 $(ASCEND): $(READY) targets/ascend/kernels/requirements.txt
 	$(BIN)/python -m dsv4c.targets.ascend.kernels.toolchain install $(dir $(ASCEND))
@@ -58,10 +61,12 @@ $(ASCEND): $(READY) targets/ascend/kernels/requirements.txt
 
 oracle: $(ORACLE) $(ASCEND)
 
-# Every arch of every device, the kernels for them, and V4-Flash in its real shape.
+# Every arch of every device in all numerics, of which the other two runs take a bounded set; the kernels for
+# them, and V4-Flash in its real shape.
 test-targets: oracle
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "oracle or not oracle" tests/test_targets.py \
-	  tests/test_static_artifact.py tests/test_static_gpu.py tests/test_acl_programs.py \
+	$(PYTEST) -m "oracle or not oracle" tests/test_targets.py \
+	  tests/test_static_artifact.py tests/test_static_formats.py tests/test_static_gpu.py \
+	  tests/test_static_v41.py tests/test_acl_programs.py \
 	  tests/test_mlu_bang.py tests/test_estimate.py \
 	  tests/test_placement.py tests/test_ascend_toolchain.py tests/test_oracle_ascend_kernels.py \
 	  tests/test_oracle_flash_shape.py tests/test_gpu_plan.py tests/test_oracle_gpu_kernels.py \

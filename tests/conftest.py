@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from test_model_harness import Models
 
 from dsv4c.api import load_checkpoint
 from dsv4c.frontend.generate import generate_checkpoint
@@ -19,6 +20,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random checkpoint with every layer kind and odd sizes."""
     return generate_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "tiny", seed=5)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """Checkpoints and artifacts by name, each made once in a run; tests must not change them."""
+    return Models(tmp_path_factory)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import onnxruntime
 import pytest
 from test_model_harness import Models
 
-import dsv4c
 from dsv4c.cli import main
 from dsv4c.errors import SessionError, ToolchainError
 from dsv4c.runtime import Artifact
@@ -103,19 +102,11 @@ def binding(monkeypatch: pytest.MonkeyPatch) -> Iterator[Binding]:
     yield found
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory)
-
-
 def device_folder(models: Models, tmp_path: Path, stages: int) -> tuple[Path, Path]:
     """An artifact, and where its converted programs are: the exact ones, which need no functions renamed."""
     tmp_path.mkdir(exist_ok=True)
-    artifact = tmp_path / "m.dsv4"
-    dsv4c.compile(
-        models.checkpoint("v4"), output=artifact, target="ascend", numerics="exact",
-        passes=SHAPES.format(stages=stages),
-    )  # fmt: skip
+    passes = SHAPES.format(stages=stages)
+    artifact = models.artifact("v4", "onnx", target="ascend", numerics="exact", passes=passes)
     unpack(Artifact.open(artifact), tmp_path / "device")
     (tmp_path / "device" / "om").mkdir()
     for model in (tmp_path / "device").glob("*.onnx"):

@@ -9,13 +9,14 @@ import json
 import shlex
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from test_model_harness import Models
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as kinds
 
 from dsv4c import __version__, cli
 from dsv4c.cli import progress, show
@@ -44,13 +45,20 @@ class Built(NamedTuple):
     bare: Path
 
 
-@functools.cache
-def build(base: Path) -> Built:
-    """Compiles once per process, whichever test module asks first."""
-    root = Path(tempfile.mkdtemp(prefix="cli-", dir=base))
+def build(models: Models) -> Built:
+    """Compiles once in a run, whichever test module asks first in whatever process."""
+    root = models.root / "cli"
+    with models.alone(root):
+        if not (root / "summary").exists():
+            _build(root)
+    summary = (root / "summary").read_text()
+    return Built(root / "checkpoint", summary, root / "ir", root / "tiny.dsv4", root / "bare.dsv4")
+
+
+def _build(root: Path) -> None:
     checkpoint = generate_checkpoint(root / "checkpoint", "tiny", seed=0)
     tokenizer = Tokenizer(
-        models.WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token="<bos>")
+        kinds.WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token="<bos>")
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -61,12 +69,12 @@ def build(base: Path) -> Built:
     code, out, err = _call(command)
     assert code == 0, err
     _strip(artifact, root / "bare.dsv4")
-    return Built(checkpoint, out, ir, artifact, root / "bare.dsv4")
+    (root / "summary").write_text(out)
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return build(tmp_path_factory.getbasetemp())
+def built(models: Models) -> Built:
+    return build(models)
 
 
 def _call(argv: list[str]) -> tuple[int, str, str]:

@@ -25,11 +25,6 @@ BOS, WINDOW = 0, 384
 PROMPT = "And the LORD said unto Moses,"
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory)
-
-
 def training() -> dict[str, Any]:
     return json.loads((EXAMPLE / "training.json").read_text())
 

@@ -27,11 +27,6 @@ from dsv4c.runtime.sampling import SamplingParams
 NAMES = ("v4", "v4_r16")
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory)
-
-
 def golden(name: str) -> dict[str, Arr]:
     return stored(f"golden/{name}/golden.npz")
 

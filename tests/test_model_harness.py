@@ -7,6 +7,8 @@ get the logits after each. The references are files; nothing here computes a res
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -95,17 +97,20 @@ class Models:
         if name not in GENERATED:
             return DATA / "golden" / name
         path = self.root / f"checkpoint-{name}"
-        with self._alone(path):
+        with self.alone(path):
             if not path.exists():
                 generate_checkpoint(path, **GENERATED[name])
         return path
 
-    def artifact(self, name: str, form: str) -> Path:
-        path = self.root / f"model-{name}-{form}.dsv4"
-        source = self.checkpoint(name)
-        with self._alone(path):
+    def artifact(self, name: str, form: str, **options: Any) -> Path:
+        """Compiled by the test that asks first, in whatever process; `options` are of `dsv4c.compile`."""
+        text = json.dumps(options, sort_keys=True)
+        # a digest of Python's own would differ between processes
+        other = f"-{hashlib.sha256(text.encode()).hexdigest()[:12]}" if options else ""
+        path, source = self.root / f"model-{name}-{form}{other}.dsv4", self.checkpoint(name)
+        with self.alone(path):
             if not path.exists():
-                dsv4c.compile(source, output=path, format=form)
+                dsv4c.compile(source, output=path, format=form, **options)
         return path
 
     def module(self, name: str) -> Module:
@@ -135,7 +140,7 @@ class Models:
         return self._opened[key]
 
     @contextmanager
-    def _alone(self, path: Path) -> Iterator[None]:
+    def alone(self, path: Path) -> Iterator[None]:
         """One test process at a time."""
         with open(self.root / f"{path.name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -30,11 +30,6 @@ LONG = 600
 ROWS = 4  # stored prompts
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory)
-
-
 def reference(name: str) -> dict[str, Arr]:
     return stored(f"reference/{name}.npz")
 

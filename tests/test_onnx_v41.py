@@ -31,11 +31,6 @@ STEPS = [(0, 1), (3, 1), (2, 3), (5, 9), (16, 8), (63, 2), (31, 40)]
 """(pos, tokens)"""
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory)
-
-
 # ---------------------------------------------------------------------------------------- ops
 
 

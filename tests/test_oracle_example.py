@@ -14,11 +14,6 @@ from dsv4c.runtime.text import tokenizer_of
 pytestmark = pytest.mark.oracle
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory)
-
-
 @pytest.mark.parametrize("form", FORMATS)
 def test_losses_and_logits(models: Models, form: str) -> None:
     from oracle_support import Oracle

@@ -165,8 +165,8 @@ def test_other_calls_than_listed_are_an_error(session: Session) -> None:
         summarise(session.artifact, recorder.steps, 1.0)
 
 
-def test_both_halves_of_a_prefill_are_recorded(tmp_path_factory: pytest.TempPathFactory) -> None:
-    session = Models(tmp_path_factory).session("v41", "tvm")
+def test_both_halves_of_a_prefill_are_recorded(models: Models) -> None:
+    session = models.session("v41", "tvm")
     ids = np.arange(2, 62).tolist()
     with Recorder(session.backend, session.context) as recorder:
         session.prefill([ids], chunk=64, replay=5)
@@ -270,9 +270,9 @@ def test_the_page_of_a_benchmark(dsv4c: Call, built: Built, tmp_path: Path) -> N
 
 
 def test_the_page_tells_the_error_of_a_shortened_prefill(
-    dsv4c: Call, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+    dsv4c: Call, models: Models, tmp_path: Path
 ) -> None:
-    artifact = Models(tmp_path_factory).artifact("v41", "tvm")
+    artifact = models.artifact("v41", "tvm")
     page = tmp_path / "r.html"
     sizes = ("--prompt-tokens", 60, "--decode-tokens", 3, "--repeat", 1)
     line = ("bench", artifact, *sizes, "--prefill", "replay=5", "--html", page, "--json")

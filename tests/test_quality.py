@@ -33,11 +33,6 @@ __all__ = ["built", "dsv4c"]  # fixtures: pytest finds them by name
 IDS = np.random.default_rng(3).integers(2, 61, 90)
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory)
-
-
 # ------------------------------------------------------------------------------------- windows
 
 

@@ -34,11 +34,6 @@ ROWS = {"v4": 27, "v4_r16": 40}
 """Rows before the first flip."""
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory)
-
-
 def rounded(models: Models, name: str, pipeline: str = "apply_reference_rounding") -> Module:
     module = clone(models.module(name))
     run_pipeline(module, parse_pipeline(pipeline))
@@ -183,16 +178,10 @@ def test_the_targets_passes_keep_every_rounding_point(models: Models, name: str)
     np.testing.assert_allclose(evaluate(lowered, ids)[1], want, atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def artifacts(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("reference")
-    return {
-        name: dsv4c.compile(
-            models.module(name), output=folder / f"{name}.dsv4", passes="apply_reference_rounding,default",
-            golden=False,
-        )
-        for name in ROWS
-    }  # fmt: skip
+@pytest.fixture
+def artifacts(models: Models) -> dict[str, Path]:
+    passes = "apply_reference_rounding,default"
+    return {name: models.artifact(name, "tvm", passes=passes, golden=False) for name in ROWS}
 
 
 COMPILED = {"v4": 26, "v4_r16": 26}

@@ -29,11 +29,6 @@ ROWS = {"v41": 10, "v41_text": 24}
 IMAGE = 510
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory)
-
-
 def prompt(name: str) -> Arr:
     return stored(f"golden/{name}/golden.npz")["input_ids"]
 
@@ -247,11 +242,9 @@ def test_the_targets_passes_keep_every_rounding_point(models: Models, name: str)
     np.testing.assert_allclose(found, want, atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def artifact(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return dsv4c.compile(
-        models.module("v41"), output=tmp_path_factory.mktemp("reference") / "v41.dsv4", numerics="reference"
-    )
+@pytest.fixture
+def artifact(models: Models) -> Path:
+    return models.artifact("v41", "tvm", numerics="reference")
 
 
 COMPILED = {"v41": 10, "v41_text": 16}

@@ -17,11 +17,6 @@ DECODERS, WINDOW = 4, 8
 EXACT = DECODERS * (WINDOW - 1) + 1
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory)
-
-
 @pytest.fixture
 def session(models: Models) -> Session:
     return models.session("v41", "tvm")

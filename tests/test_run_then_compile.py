@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import dsv4c
+from test_model_harness import Models
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "v4_r16"
 SCRIPT = """
@@ -19,9 +19,9 @@ print("both")
 """
 
 
-def test_run_then_compile(tmp_path: Path) -> None:
+def test_run_then_compile(models: Models, tmp_path: Path) -> None:
     """The runtime that an artifact brings and that of the compiler must be one library."""
-    artifact = dsv4c.compile(GOLDEN, output=tmp_path / "a.dsv4", golden=False)
+    artifact = models.artifact(GOLDEN.name, "tvm")
     command = [sys.executable, "-c", SCRIPT, str(artifact), str(GOLDEN), str(tmp_path / "b.dsv4")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1] / ".pkg")
     assert done.returncode == 0, done.stderr

@@ -14,11 +14,6 @@ PROMPTS = [[5, 17, 40, 9], [33], [8, 8, 2, 19, 50, 41, 7, 3, 12]]
 EOS = 1
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory)
-
-
 def by_hand(session: Session, prompt: list[int], count: int) -> list[int]:
     """The greedy loop written out; end-of-sequence ends it."""
     logits, out = session.step([prompt])[0, -1], []

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from test_model_harness import GENERATED, TOLERANCE, Arr
+from test_model_harness import TOLERANCE, Arr, Models
 
 import dsv4c
-from dsv4c.frontend.generate import generate_checkpoint
 from dsv4c.runtime import Artifact
 
 FUSE = "merge_common_subexpressions,fuse_swiglu,fuse_index_select,fuse_expert_gemms"
@@ -28,12 +26,9 @@ CODES = {
 PLAIN = {"f32", "i32", "bf16"}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("packed") / "checkpoint"
-    given: dict[str, Any] = dict(GENERATED["ratio16"])
-    generate_checkpoint(path, given.pop("config"), **given)
-    return path
+@pytest.fixture
+def checkpoint(models: Models) -> Path:
+    return models.checkpoint("ratio16")
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,6 @@ NAME = "ratio16"
 CONTEXT = 96
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory)
-
-
 @pytest.fixture
 def saved(models: Models, tmp_path: Path) -> Path:
     """The state of a TVM session after 45 tokens."""

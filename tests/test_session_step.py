@@ -17,11 +17,6 @@ VOCAB = 61
 NAME = "ratio16"
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory)
-
-
 def ids_of(count: int, seed: int = 0) -> Arr:
     return np.random.default_rng(seed).integers(2, VOCAB, count)
 

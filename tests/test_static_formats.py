@@ -25,25 +25,15 @@ from dsv4c.targets import parse_target
 FORMATS = (("ascend:950", "fast"), ("ascend:910c", "half"), ("ascend:950", "half"), ("mlu:590", "half"))
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("formats")
-
-
 # -------------------------------------------------------------------------------------- whole models
 
 
-@pytest.mark.parametrize("name", ["v4", "v4_r16", "kjv"])
+@pytest.mark.parametrize("name", ["v4_r16", "kjv"])  # v4: test_every_arch_verifies_block_by_block
 @pytest.mark.parametrize(("target", "numerics"), FORMATS)
 def test_every_format_verifies_block_by_block(
-    models: Models, folder: Path, target: str, numerics: str, name: str
+    models: Models, target: str, numerics: str, name: str
 ) -> None:
-    checks = verify(Artifact.open(built(models, folder, name, target, numerics)), threads=1)
+    checks = verify(Artifact.open(built(models, name, target, numerics)), threads=1)
     assert all(c.ok for c in checks), [c for c in checks if not c.ok]
     assert sum(c.name.startswith("block") for c in checks) == 5
 
@@ -53,12 +43,12 @@ def test_every_format_verifies_block_by_block(
     [("ascend:950", "fast", 0.95, 0.005), ("mlu:590", "half", 0.99, 1e-4)],
 )
 def test_little_is_lost(
-    models: Models, folder: Path, target: str, numerics: str, least: float, most: float
+    models: Models, target: str, numerics: str, least: float, most: float
 ) -> None:
     """On the trained example's held-out text, against the model as stored; other arithmetic it is."""
     ids = models_text(models, 400)
     want = dsv4c.evaluate(models.module("kjv"), ids)
-    session = Session(built(models, folder, "kjv", target, numerics), threads=1)
+    session = Session(built(models, "kjv", target, numerics), threads=1)
     found = feed(session, ids, [len(ids)])
     assert (found.argmax(1) == want.argmax(1)).mean() > least
     assert 1e-7 < divergence(want, found) < most
@@ -72,9 +62,9 @@ def test_what_the_released_formats_cost_is_in_the_report(models: Models, tmp_pat
     assert 0 < report["quality"]["kl"]["mean"] < 0.006 and report["quality"]["top1"] > 0.95
 
 
-def test_codes_are_the_checkpoints_own(models: Models, folder: Path) -> None:
+def test_codes_are_the_checkpoints_own(models: Models) -> None:
     """Every FP4 and FP8 tensor and every scale, bit for bit, but for the order of experts in their stack."""
-    artifact = Artifact.open(built(models, folder, "kjv", "ascend:950", "fast"))
+    artifact = Artifact.open(built(models, "kjv", "ascend:950", "fast"))
     module, kinds = models.module("kjv"), Counter[str]()
     experts: dict[str, list[tuple[bytes, bytes]]] = {}
     for op in module.weights():
@@ -114,8 +104,8 @@ def test_bf16_checkpoints_become_mxfp8_and_mxfp4(models: Models) -> None:
 
 
 @pytest.mark.parametrize(("target", "numerics"), FORMATS)
-def test_files_keep_to_the_table(models: Models, folder: Path, target: str, numerics: str) -> None:
-    path, (family, arch) = built(models, folder, "kjv", target, numerics), parse_target(target)
+def test_files_keep_to_the_table(models: Models, target: str, numerics: str) -> None:
+    path, (family, arch) = built(models, "kjv", target, numerics), parse_target(target)
     dialect = family.dialect_of(arch)
     assert dialect is not None
     for model in models_of(path).values():
@@ -134,23 +124,23 @@ def elements(path: Path, program: str) -> dict[str, int]:
     return {t.name.partition(":")[0]: t.data_type for t in stored}
 
 
-def test_types_of_weights(models: Models, folder: Path) -> None:
+def test_types_of_weights(models: Models) -> None:
     for program in ("onnx.1", "onnx.24"):
-        fp8 = elements(built(models, folder, "kjv", "ascend:950", "fast"), program)
+        fp8 = elements(built(models, "kjv", "ascend:950", "fast"), program)
         assert fp8["layers.1.attn.wq_b.weight"] == TensorProto.FLOAT8E4M3FN
         assert fp8["layers.1.ffn.experts.w13"] == fp8["layers.1.ffn.experts.w2"] == TensorProto.UINT8
         assert fp8["layers.1.ffn.experts.w2.scales"] == TensorProto.UINT8
         assert fp8["head.weight"] == TensorProto.FLOAT
-        half = elements(built(models, folder, "kjv", "mlu:590", "half"), program)
+        half = elements(built(models, "kjv", "mlu:590", "half"), program)
         for name in ("attn.wq_b.weight", "attn.wo_a.weight", "ffn.experts.w13", "ffn.experts.w2"):
             assert half[f"layers.1.{name}"] == TensorProto.FLOAT16, name
         assert half["layers.1.ffn.gate.weight"] == half["embed.weight"] == TensorProto.FLOAT
 
 
 @pytest.mark.parametrize("target", ["ascend:910c", "mlu:590"])
-def test_fp16_products_are_of_fp16_numbers(models: Models, folder: Path, target: str) -> None:
+def test_fp16_products_are_of_fp16_numbers(models: Models, target: str) -> None:
     """No product decodes its FP16 matrix: every Cast away from FLOAT16 is of a result."""
-    model = models_of(built(models, folder, "kjv", target, "half"))["onnx.24"]
+    model = models_of(built(models, "kjv", target, "half"))["onnx.24"]
     halves = {t.name for t in model.graph.initializer if t.data_type == TensorProto.FLOAT16}
     readers = Counter(n.op_type for n in model.graph.node if not halves.isdisjoint(n.input))
     assert readers["Gemm"] > 40 and "Cast" not in readers
@@ -244,20 +234,20 @@ def test_passes_edit_what_numerics_made_of_the_pipeline() -> None:
 # --------------------------------------------------------------------------------- what it will cost
 
 
-def test_estimates_count_the_stored_formats(models: Models, folder: Path) -> None:
+def test_estimates_count_the_stored_formats(models: Models) -> None:
     """Bytes of weights within one percent of the artifact's, whatever they are stored in."""
     for target, numerics in (*FORMATS, ("ascend:910c", "fast"), ("ascend:950", "exact")):
-        artifact = Artifact.open(built(models, folder, "kjv", target, numerics))
+        artifact = Artifact.open(built(models, "kjv", target, numerics))
         (memory,) = artifact.meta["report"]["estimate"]["placement"]["memory"]
         stored = sum(t.nbytes for t in artifact.tensors.values() if not t.name.startswith("golden."))
         assert abs(memory["dense"] + memory["experts"] - stored) < 0.01 * stored, (target, numerics)
 
 
-def test_estimates_take_the_peaks_of_the_formats(models: Models, folder: Path) -> None:
+def test_estimates_take_the_peaks_of_the_formats(models: Models) -> None:
     """FP8 arithmetic on the 950, also for FP4 codes; FP16 where weights are FP16."""
     found = {}
     for target, numerics in (("ascend:950", "fast"), ("ascend:950", "half"), ("ascend:950", "exact")):
-        report = Artifact.open(built(models, folder, "kjv", target, numerics)).meta["report"]
+        report = Artifact.open(built(models, "kjv", target, numerics)).meta["report"]
         found[numerics] = report["estimate"]
     assert "fp4 weights are multiplied in fp8" in found["fast"]["assumptions"]
     assert not any("fp8 weights are" in line or "fp16 weights are" in line for n in found for line in

@@ -43,16 +43,6 @@ KERNEL: Provider = ("CPUExecutionProvider", {})
 """Named, it executes a file as it is shipped: kernels, not bodies."""
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("gpu")
-
-
 # ------------------------------------------------------------------------------------- single nodes
 
 
@@ -208,9 +198,9 @@ def pairs(models: Models, artifact: Artifact) -> Iterator[tuple[Arr, Arr, Arr, A
         yield codes, scales, artifact.array(op.loc), artifact.array(f"{op.loc}.scales")
 
 
-def test_bits_stay_and_scales_are_doubled(models: Models, folder: Path) -> None:
+def test_bits_stay_and_scales_are_doubled(models: Models) -> None:
     """E4M3FNUZ reads the bits of E4M3FN as half the number: who forgets is wrong by two, without an error."""
-    found = list(pairs(models, Artifact.open(built(models, folder, "kjv", "rocm:gfx942", "fast"))))
+    found = list(pairs(models, Artifact.open(built(models, "kjv", "rocm:gfx942", "fast"))))
     assert len(found) > 40
     for codes, scales, bits, exponents in found:
         codes, bits = codes.reshape(bits.shape), bits.view(np.uint8)
@@ -227,11 +217,11 @@ def test_bits_stay_and_scales_are_doubled(models: Models, folder: Path) -> None:
 
 @pytest.mark.parametrize(("target", "name"), [
     ("cuda:sm_90a", "v4"), ("rocm:gfx942", "v4_r16"),
-    pytest.param("cuda:sm_90a", "v4_r16", marks=pytest.mark.oracle),
-    pytest.param("rocm:gfx942", "v4", marks=pytest.mark.oracle),
+    pytest.param("cuda:sm_90a", "v4_r16", marks=pytest.mark.matrix),
+    pytest.param("rocm:gfx942", "v4", marks=pytest.mark.matrix),
 ])  # fmt: skip
-def test_exact_logits_however_the_prompt_is_cut(models: Models, folder: Path, target: str, name: str) -> None:
-    session = Session(built(models, folder, name, target, "exact"), threads=1)
+def test_exact_logits_however_the_prompt_is_cut(models: Models, target: str, name: str) -> None:
+    session = Session(built(models, name, target, "exact"), threads=1)
     want = stored(f"golden/{name}/golden.npz")
     ids = want["input_ids"]
     whole = feed(session, ids, [len(ids)])
@@ -241,9 +231,9 @@ def test_exact_logits_however_the_prompt_is_cut(models: Models, folder: Path, ta
 
 
 @pytest.mark.parametrize("target", BOTH)
-def test_v41_verifies_block_by_block(models: Models, folder: Path, target: str) -> None:
+def test_v41_verifies_block_by_block(models: Models, target: str) -> None:
     """With n-gram ids and table rows from the host: no node of these files hashes."""
-    path = built(models, folder, "v41", target, "exact")
+    path = built(models, "v41", target, "exact")
     checks = verify(Artifact.open(path), threads=1)
     assert not failures(checks) and max(c.error for c in checks) < 1e-5
     assert sum(c.name.startswith("block") for c in checks) == 8
@@ -251,24 +241,24 @@ def test_v41_verifies_block_by_block(models: Models, folder: Path, target: str) 
         assert not [n for n in model.graph.node if n.op_type.startswith(("Bitwise", "NGram"))]
 
 
-@pytest.mark.oracle
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["v4_r16", "v41"])
 @pytest.mark.parametrize("numerics", ["fast", "half", "exact"])
 @pytest.mark.parametrize("target", EVERY)
-def test_every_card_verifies(models: Models, folder: Path, target: str, numerics: str, name: str) -> None:
+def test_every_card_verifies(models: Models, target: str, numerics: str, name: str) -> None:
     """With `test_every_arch_verifies_block_by_block`, the whole matrix of cards, numerics and models."""
-    checks = verify(Artifact.open(built(models, folder, name, target, numerics)), threads=1)
+    checks = verify(Artifact.open(built(models, name, target, numerics)), threads=1)
     assert not failures(checks) and any(c.name.startswith("block") for c in checks)
     if numerics == "exact":
         assert max(c.error for c in checks) < 1e-5
 
 
 @pytest.mark.parametrize("target", BOTH)
-def test_fast_numerics_lose_little(models: Models, folder: Path, target: str) -> None:
+def test_fast_numerics_lose_little(models: Models, target: str) -> None:
     """On the trained example's held-out text, against the model as stored."""
     ids = models_text(models, 100)
     want = dsv4c.evaluate(models.module("kjv"), ids)
-    session = Session(built(models, folder, "kjv", target, "fast"), threads=1)
+    session = Session(built(models, "kjv", target, "fast"), threads=1)
     found = feed(session, ids, [len(ids)])
     lost = divergence(want, found)
     print(f"{target}: KL {lost:.2e}, top-1 {(found.argmax(1) == want.argmax(1)).mean():.3f}")
@@ -283,12 +273,12 @@ def table(target: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("numerics", ["fast", "half", "exact"])
 @pytest.mark.parametrize("target", BOTH)
-def test_files_keep_to_the_table(models: Models, folder: Path, target: str, numerics: str) -> None:
+def test_files_keep_to_the_table(models: Models, target: str, numerics: str) -> None:
     """Nodes at their versions, element types, and functions for every node of another domain."""
     family, arch = parse_target(target)
     dialect = family.dialect_of(arch)
     assert dialect is not None
-    for model in models_of(built(models, folder, "v4", target, numerics)).values():
+    for model in models_of(built(models, "v4", target, numerics)).values():
         versions = {o.domain: o.version for o in model.opset_import}
         assert versions[""] == dialect.opset == (23 if family.name == "cuda" else 19)
         for node in model.graph.node:
@@ -305,10 +295,10 @@ _NAMES = {1: "float", 6: "int32", 7: "int64", 10: "float16", 16: "bfloat16", 17:
 
 
 @pytest.mark.parametrize("numerics", ["fast", "half"])
-def test_the_provider_has_a_kernel_of_every_type(models: Models, folder: Path, numerics: str) -> None:
+def test_the_provider_has_a_kernel_of_every_type(models: Models, numerics: str) -> None:
     """Of what a node takes first, as far as the table says; the rest would run on the processor, unasked."""
     types = table("cuda")["types"]
-    for model in models_of(built(models, folder, "v4", "cuda:sm_90a", numerics)).values():
+    for model in models_of(built(models, "v4", "cuda:sm_90a", numerics)).values():
         inferred = onnx.shape_inference.infer_shapes(model)
         typed = (*inferred.graph.value_info, *inferred.graph.input)
         known = {i.name: i.type.tensor_type.elem_type for i in typed}
@@ -329,10 +319,10 @@ _CONSTANT = {
 
 
 @pytest.mark.parametrize("name", ["v4", "v41"])
-def test_migraphx_gets_constant_sizes_and_no_int32_remainder(models: Models, folder: Path, name: str) -> None:
+def test_migraphx_gets_constant_sizes_and_no_int32_remainder(models: Models, name: str) -> None:
     limits = table("rocm")["limits"]
     assert "dynamic ``k``" in limits["ai.onnx::TopK"] and "int32" in limits["ai.onnx::Mod"]
-    for model in models_of(built(models, folder, name, "rocm:gfx942", "exact")).values():
+    for model in models_of(built(models, name, "rocm:gfx942", "exact")).values():
         constants = {t.name: t.data_type for t in model.graph.initializer}
         for node in model.graph.node:
             assert all(
@@ -344,9 +334,9 @@ def test_migraphx_gets_constant_sizes_and_no_int32_remainder(models: Models, fol
 
 
 @pytest.mark.parametrize("numerics", ["fast", "half", "exact"])
-def test_migraphx_gets_no_float8_but_fnuz(models: Models, folder: Path, numerics: str) -> None:
+def test_migraphx_gets_no_float8_but_fnuz(models: Models, numerics: str) -> None:
     found = Counter[int]()
-    for model in models_of(built(models, folder, "v4", "rocm:gfx942", numerics)).values():
+    for model in models_of(built(models, "v4", "rocm:gfx942", numerics)).values():
         found.update(t.data_type for t in model.graph.initializer)
         found.update(a.i for n in model.graph.node for a in n.attribute if n.op_type == "Cast")
     assert not found[TensorProto.FLOAT8E4M3FN] and not found[TensorProto.FLOAT8E5M2]
@@ -354,9 +344,9 @@ def test_migraphx_gets_no_float8_but_fnuz(models: Models, folder: Path, numerics
 
 
 @pytest.mark.parametrize("target", BOTH)
-def test_estimates_count_the_stored_formats(models: Models, folder: Path, target: str) -> None:
+def test_estimates_count_the_stored_formats(models: Models, target: str) -> None:
     """For one card of the arch; bytes of weights within one percent of the artifact's."""
-    artifact = Artifact.open(built(models, folder, "kjv", target, "fast"))
+    artifact = Artifact.open(built(models, "kjv", target, "fast"))
     found = artifact.meta["report"]["estimate"]
     assert found["device"]["name"] == {"cuda:sm_90a": "h200", "rocm:gfx942": "mi300x"}[target]
     (memory,) = found["placement"]["memory"]
@@ -396,10 +386,10 @@ def test_another_kind_of_float8_is_refused_with_its_layer(models: Models, tmp_pa
     ("cuda:sm_90a", "CUDAExecutionProvider"), ("rocm:gfx942", "MIGraphXExecutionProvider"),
 ])  # fmt: skip
 def test_run_script_asks_for_the_provider(
-    models: Models, folder: Path, tmp_path: Path, target: str, provider: str
+    models: Models, tmp_path: Path, target: str, provider: str
 ) -> None:
     """With stand-ins for Python: one whose ONNX Runtime lacks the provider, one that has it."""
-    unpack(Artifact.open(built(models, folder, "v4", target, "fast")), tmp_path / "device")
+    unpack(Artifact.open(built(models, "v4", target, "fast")), tmp_path / "device")
     script = tmp_path / "device" / "run.sh"
     for name, code in (("bad", "exit 1"), ("good", f'echo "$@" >> {tmp_path}/calls')):
         (tmp_path / name).write_text(f"#!/bin/sh\n{code}\n")
@@ -415,9 +405,9 @@ def test_run_script_asks_for_the_provider(
 
 
 def test_on_device_without_the_provider(
-    models: Models, folder: Path, capsys: pytest.CaptureFixture[str]
+    models: Models, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = built(models, folder, "v4", "cuda:sm_90a", "exact")
+    path = built(models, "v4", "cuda:sm_90a", "exact")
     assert Artifact.open(path).meta["onnx"]["static"]["provider"][1] == {"use_tf32": "0"}
     assert main(["verify", str(path), "--on", "device"]) == 2
     error = capsys.readouterr().err

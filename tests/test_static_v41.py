@@ -12,7 +12,6 @@ import pytest
 from test_model_harness import BETWEEN_CHUNKINGS, Arr, Models, cuts, within
 from test_v41_golden import feed, golden, image_rows
 
-import dsv4c
 from dsv4c.errors import SessionError, TargetError
 from dsv4c.ir import weights as w
 from dsv4c.ir.dims import sym
@@ -31,26 +30,9 @@ SHAPES = 'with(bind_shapes{tokens="1,24", batch=1, context=512})'
 B, T = sym("B"), sym("T")
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("static-v41")
-
-
-def built(models: Models, folder: Path, target: str, numerics: str, passes: str = SHAPES) -> Path:
-    path = folder / f"{target.replace(':', '-')}-{numerics}-{abs(hash(passes))}.dsv4"
-    if not path.exists():
-        source = models.module("v41")
-        checked = passes == SHAPES
-        dsv4c.compile(
-            source, output=path, target=target, numerics=numerics, format="onnx", passes=passes,
-            golden=checked,
-        )  # fmt: skip
-    return path
+def built(models: Models, target: str, numerics: str, passes: str = SHAPES) -> Path:
+    checked = {} if passes == SHAPES else {"golden": False}
+    return models.artifact("v41", "onnx", target=target, numerics=numerics, passes=passes, **checked)
 
 
 def with_shapes(**options: int) -> str:
@@ -61,12 +43,12 @@ def with_shapes(**options: int) -> str:
 
 @pytest.mark.parametrize(("target", "name"), [
     ("ascend:910c", "v41"), ("mlu:590", "v41_text"),
-    pytest.param("mlu:590", "v41", marks=pytest.mark.oracle),
-    pytest.param("ascend:910c", "v41_text", marks=pytest.mark.oracle),
+    pytest.param("mlu:590", "v41", marks=pytest.mark.matrix),
+    pytest.param("ascend:910c", "v41_text", marks=pytest.mark.matrix),
 ])  # fmt: skip
-def test_exact_logits_however_the_prompt_is_cut(models: Models, folder: Path, target: str, name: str) -> None:
+def test_exact_logits_however_the_prompt_is_cut(models: Models, target: str, name: str) -> None:
     """Whole, in single tokens, and in calls of several programs that each take some rows of the image."""
-    session = Session(built(models, folder, target, "exact"), threads=1)
+    session = Session(built(models, target, "exact"), threads=1)
     want, ids, rows = golden(name)["logits"], golden(name)["input_ids"], image_rows(name)
     for sizes in ([len(ids)], [1] * len(ids), cuts(len(ids), 3)):
         session.reset()
@@ -75,9 +57,9 @@ def test_exact_logits_however_the_prompt_is_cut(models: Models, folder: Path, ta
         assert (found.argmax(1) == want.argmax(1)).all()
 
 
-@pytest.mark.parametrize("target", ["mlu:590", pytest.param("ascend:910c", marks=pytest.mark.oracle)])
-def test_sixteen_greedy_tokens(models: Models, folder: Path, target: str) -> None:
-    session, want = Session(built(models, folder, target, "exact"), threads=1), golden("v41")
+@pytest.mark.parametrize("target", ["mlu:590", pytest.param("ascend:910c", marks=pytest.mark.matrix)])
+def test_sixteen_greedy_tokens(models: Models, target: str) -> None:
+    session, want = Session(built(models, target, "exact"), threads=1), golden("v41")
     logits, found = session.prefill([want["input_ids"].tolist()], images=[image_rows("v41")]), []
     for _ in want["generated_ids"]:
         found.append(int(logits[0].argmax()))
@@ -86,20 +68,20 @@ def test_sixteen_greedy_tokens(models: Models, folder: Path, target: str) -> Non
 
 
 @pytest.mark.parametrize("target", EXACT)
-def test_every_block_verifies(models: Models, folder: Path, target: str) -> None:
-    checks = verify(Artifact.open(built(models, folder, target, "exact")), threads=1)
+def test_every_block_verifies(models: Models, target: str) -> None:
+    checks = verify(Artifact.open(built(models, target, "exact")), threads=1)
     assert [c.name for c in checks if c.name.startswith("block")] == [f"block layers.{i}" for i in range(8)]
     assert "state engram.history" in {c.name for c in checks}
     assert max(c.error for c in checks) < 1e-5
 
 
 @pytest.mark.parametrize(
-    "stages", [pytest.param(2, marks=pytest.mark.oracle), 3, pytest.param(8, marks=pytest.mark.oracle)]
+    "stages", [pytest.param(2, marks=pytest.mark.matrix), 3, pytest.param(8, marks=pytest.mark.matrix)]
 )
-def test_stages_are_the_model_in_pieces(models: Models, folder: Path, stages: int) -> None:
+def test_stages_are_the_model_in_pieces(models: Models, stages: int) -> None:
     """Bit for bit the same logits; what layers publish crosses the borders, and no weight is there twice."""
-    path = built(models, folder, "ascend", "exact", with_shapes(stages=stages))
-    whole = Session(built(models, folder, "ascend", "exact"), threads=1)
+    path = built(models, "ascend", "exact", with_shapes(stages=stages))
+    whole = Session(built(models, "ascend", "exact"), threads=1)
     pieces, ids, rows = Session(path, threads=1), golden("v41")["input_ids"], image_rows("v41")
     sizes = [24, 1, 1, len(ids) - 26]
     assert np.array_equal(feed(pieces, ids, sizes, rows), feed(whole, ids, sizes, rows))
@@ -112,9 +94,9 @@ def test_stages_are_the_model_in_pieces(models: Models, folder: Path, stages: in
     assert sum(map(len, held)) == len(set.union(*held))
 
 
-def test_what_crosses_a_border(models: Models, folder: Path) -> None:
+def test_what_crosses_a_border(models: Models) -> None:
     """One layer a stage: streams and collapse weights always, what layer 4 publishes as far as it is read."""
-    path = built(models, folder, "ascend", "exact", with_shapes(stages=8))
+    path = built(models, "ascend", "exact", with_shapes(stages=8))
     programs = Artifact.open(path).meta["onnx"]["static"]["buckets"][0]["programs"]
     borders = [{n for n in p["border"]["inputs"] if n.endswith(".in")} for p in programs]
     assert borders[0] == set() and all(f"{STREAMS}.in" in found for found in borders[1:])
@@ -126,13 +108,13 @@ def test_what_crosses_a_border(models: Models, folder: Path) -> None:
     assert all("layers.4.entries" in programs[stage]["border"]["inputs"] for stage in entries)
 
 
-def test_candidates_that_are_all_there_is_cost_nothing(models: Models, folder: Path) -> None:
+def test_candidates_that_are_all_there_is_cost_nothing(models: Models) -> None:
     """With room for no more blocks than are kept, a selection is not restricted, and marks nothing."""
-    few = built(models, folder, "mlu", "exact", 'with(bind_shapes{tokens="16", batch=1, context=64})')
+    few = built(models, "mlu", "exact", 'with(bind_shapes{tokens="16", batch=1, context=64})')
     assert count_nodes(few, "ScatterElements") == 1
     ids = golden("v41_text")["input_ids"][:16]
     tiny = 'with(bind_shapes{tokens="4", batch=1, context=16})'
-    session = Session(built(models, folder, "mlu", "exact", tiny), threads=1)
+    session = Session(built(models, "mlu", "exact", tiny), threads=1)
     assert count_nodes(session.artifact.path, "ScatterElements") == 0
     within(
         feed(session, ids, [16], image_rows("v41_text")), golden("v41_text")["logits"][:16], BETWEEN_CHUNKINGS
@@ -146,10 +128,10 @@ def count_nodes(path: Path, kind: str) -> int:
     return sum(n.op_type == kind for n in onnx.load_from_string(artifact.section(f"onnx.{name}")).graph.node)
 
 
-def test_rows_of_a_batch(models: Models, folder: Path) -> None:
+def test_rows_of_a_batch(models: Models) -> None:
     """An image beside a text in one program, fed in ragged calls, are what they are alone."""
     passes = 'with(bind_shapes{tokens="1,16", batch=2, context=128})'
-    session = Session(built(models, folder, "mlu", "exact", passes), batch=2, threads=1)
+    session = Session(built(models, "mlu", "exact", passes), batch=2, threads=1)
     a, b = golden("v41"), golden("v41_text")
     prompts = [a["input_ids"].tolist(), b["input_ids"].tolist()]
     logits = session.prefill(prompts, chunk=21, images=[image_rows("v41"), image_rows("v41_text")])
@@ -157,10 +139,10 @@ def test_rows_of_a_batch(models: Models, folder: Path) -> None:
         within(found, want["logits"][-1], BETWEEN_CHUNKINGS)
 
 
-@pytest.mark.parametrize("target", ["mlu:590", pytest.param("ascend:910c", marks=pytest.mark.oracle)])
-def test_int8_keeps_most_of_the_likeliest_tokens(models: Models, folder: Path, target: str) -> None:
+@pytest.mark.parametrize("target", ["mlu:590", pytest.param("ascend:910c", marks=pytest.mark.matrix)])
+def test_int8_keeps_most_of_the_likeliest_tokens(models: Models, target: str) -> None:
     """A random model whose router and index decide by gaps of 1e-4: the released rounding keeps 56 %."""
-    session, want = Session(built(models, folder, target, "fast"), threads=1), golden("v41_text")
+    session, want = Session(built(models, target, "fast"), threads=1), golden("v41_text")
     found = feed(session, want["input_ids"], [len(want["input_ids"])], image_rows("v41_text"))
     assert np.isfinite(found).all()
     agreement = float((found.argmax(1) == want["logits"].argmax(1)).mean())
@@ -172,8 +154,8 @@ def test_int8_keeps_most_of_the_likeliest_tokens(models: Models, folder: Path, t
 # ----------------------------------------------------------------------------------- refusals
 
 
-def test_an_image_is_encoded_elsewhere(models: Models, folder: Path) -> None:
-    session = Session(built(models, folder, "ascend:910c", "exact"), threads=1)
+def test_an_image_is_encoded_elsewhere(models: Models) -> None:
+    session = Session(built(models, "ascend:910c", "exact"), threads=1)
     with pytest.raises(SessionError, match=r"(?s)takes rows of images but encodes none.*artifact for cpu"):
         session.encode_image(golden("v41")["image.pixels"].astype(np.uint8))
     with pytest.raises(SessionError, match="no program 'vision' of fixed shapes"):

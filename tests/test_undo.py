@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from support import Arr, B, Case, T
+from test_model_harness import Models
 
-from dsv4c import api
 from dsv4c.errors import SessionError
 from dsv4c.ir.graph import Module
 from dsv4c.runtime import Session
@@ -109,9 +108,9 @@ def test_writes_are_read_off_the_graph(tiny_model: Module) -> None:
     assert state_writes(c.module) == {}  # two kinds of writes: it is copied whole
 
 
-def test_a_prefill_that_fails_leaves_the_session_as_it_was(tiny_model: Module, tmp_path: Path) -> None:
+def test_a_prefill_that_fails_leaves_the_session_as_it_was(models: Models) -> None:
     """In its third chunk, with rows of different lengths; the model's own states, compared byte by byte."""
-    path = api.compile(tiny_model, output=tmp_path / "m.dsv4", golden=False)
+    path = models.artifact("ratio16", "tvm")
     session = Session(path, batch=2, context=200)
     session.prefill([list(range(1, 20)), [5, 6, 7]])
     before = {name: array.copy() for name, array in session.state.items()}

@@ -25,11 +25,6 @@ NAMES = ("v41", "v41_text")
 IMAGE = 510
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory)
-
-
 def golden(name: str) -> dict[str, Arr]:
     return stored(f"golden/{name}/golden.npz")
 

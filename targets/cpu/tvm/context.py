@@ -4,6 +4,7 @@
 # mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +20,10 @@ from dsv4c.ir.types import TensorType
 from dsv4c.ir.weights import WeightExpr
 
 from .fixed import Fixed
+from .frames import install
 from .kernels.packing import Simd
+
+install()
 
 DTYPES = {
     DType.F32: "float32", DType.BF16: "uint16", DType.I32: "int32",
@@ -30,6 +34,12 @@ DTYPES = {
 
 Var = Any
 """A Relax variable."""
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
+def _parsed(factory: Callable[..., Any], *key: Any) -> Any:
+    """A kernel; half of a compilation is parsing, and the next model often has the same kernels."""
+    return factory(*key)
 
 
 @dataclass
@@ -90,7 +100,7 @@ class Context:
         identity = (factory, *key)
         if identity not in self.kernels:
             name = f"{factory.__name__}_{len(self.kernels)}"
-            function = factory(*key).with_attr("global_symbol", name)
+            function = _parsed(factory, *key).with_attr("global_symbol", name)
             self.kernels[identity] = self.builder.add_func(function, name)
         return self.kernels[identity]
 
