@@ -15,6 +15,7 @@ from dsv4c.runtime.backends import dimension
 from dsv4c.runtime.session import DEFAULT_CONTEXT
 
 from .base import Command, integer, json_option
+from .kernels import HEAD, NUMBERS, kernel_rows, step_sentences
 from .show import as_json, section, size, table
 
 
@@ -73,6 +74,7 @@ def artifact_facts(artifact: Artifact, context: int | None = None) -> dict[str, 
             "buffers": states,
         },
         "report": meta["report"],
+        "plan": meta.get("plan"),
     }
 
 
@@ -130,8 +132,14 @@ def _text(facts: dict[str, Any]) -> str:
             table(buffers, ("buffer", "dtype", "shape", "bytes"), right=[3]),
         ),
         section("golden vectors", vectors),
+        *([section("kernels", _kernels(facts["plan"]))] if facts.get("plan") else []),
         section("report", _report(facts["report"])),
     ))  # fmt: skip
+
+
+def _kernels(plan: dict[str, Any]) -> str:
+    rows = table(kernel_rows(plan), HEAD, right=sorted(NUMBERS))
+    return "\n".join([rows, *step_sentences(plan)])
 
 
 def _report(report: dict[str, Any]) -> str:

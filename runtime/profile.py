@@ -7,7 +7,6 @@ which op each call is and what that costs (`meta["tvm"]["calls"]`). Knows no com
 from __future__ import annotations
 
 import ctypes
-import operator
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,24 +21,12 @@ from dsv4c.errors import ArtifactError, UsageError
 
 from .buffers import aligned, zeros
 from .container import Artifact
+from .container.costs import evaluate
 
 Ints = npt.NDArray[np.int64]
 Facts = dict[str, Any]
 _EVENT, _HEAD, _WORDS = 3, 2, 1 << 22
 """Words of an event (name, seconds, nanoseconds), of the head of a log, and of a log: half holds a step."""
-_OPERATIONS: dict[str, Callable[[int, int], int]] = {
-    "+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "min": min,
-}  # fmt: skip
-
-
-def evaluate(tree: Any, sizes: Mapping[str, int]) -> int:
-    """The number of a tree: itself, the size of that name, or [operation, tree, tree]."""
-    if isinstance(tree, str):
-        return sizes[tree]
-    if isinstance(tree, int):
-        return tree
-    name, a, b = tree
-    return _OPERATIONS[name](evaluate(a, sizes), evaluate(b, sizes))
 
 
 def can_profile(artifact: Artifact) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import pickle
 import subprocess
 import sys
@@ -42,6 +43,108 @@ def write_draft(module: Module, store: Any, path: Path, arch: str = "sm_90a") ->
     with ArtifactWriter(path) as writer:
         emit_draft(module, store, writer, Arch(arch, {}), quiet)
     return path
+
+
+class FakeDriver:
+    """A driver's library that keeps its memory in Python and notes every call."""
+
+    def __init__(
+        self, version: int = 13000, capability: tuple[int, int] = (9, 0), name: bytes = b"gfx942"
+    ) -> None:
+        self.version, self.capability, self.name = version, capability, name
+        self.calls: list[str] = []
+        self.launches: list[tuple[tuple[int, ...], int]] = []
+        self.memory: dict[int, Any] = {}
+        self.clock = 0.0
+
+    def __getattr__(self, symbol: str) -> Any:
+        if not symbol.startswith(("cu", "hip")):
+            raise AttributeError(symbol)
+
+        def call(*arguments: Any) -> int:
+            self.calls.append(symbol)
+            return int(
+                getattr(self, f"_{symbol.removeprefix('cu').removeprefix('hip').lower()}", self._ok)(
+                    *arguments
+                )
+            )
+
+        return call
+
+    def _ok(self, *arguments: Any) -> int:
+        return 0
+
+    def _drivergetversion(self, out: Any) -> int:
+        out._obj.value = self.version
+        return 0
+
+    def _devicegetattribute(self, out: Any, attribute: Any, device: Any) -> int:
+        out._obj.value = self.capability[attribute.value - 75]
+        return 0
+
+    def _getdevicepropertiesr0600(self, out: Any, device: Any) -> int:
+        ctypes.memmove(ctypes.addressof(out) + 1160, self.name, len(self.name))
+        return 0
+
+    def _memalloc_v2(self, out: Any, nbytes: Any) -> int:
+        held = ctypes.create_string_buffer(nbytes.value + 256)
+        out._obj.value = -(-ctypes.addressof(held) // 256) * 256
+        self.memory[out._obj.value] = held
+        return 0
+
+    _malloc = _memalloc_v2
+
+    def _memcpyhtodasync_v2(self, to: Any, source_: Any, nbytes: Any, stream: Any) -> int:
+        ctypes.memmove(to.value, source_.value, nbytes.value)
+        return 0
+
+    def _memcpydtohasync_v2(self, to: Any, source_: Any, nbytes: Any, stream: Any) -> int:
+        ctypes.memmove(to.value, source_.value, nbytes.value)
+        return 0
+
+    _memcpyhtodasync, _memcpydtohasync = _memcpyhtodasync_v2, _memcpydtohasync_v2
+
+    def _launchkernel(self, function: Any, *rest: Any) -> int:
+        self.launches.append((tuple(r.value for r in rest[:7]), len(rest[8])))
+        return 0
+
+    _modulelaunchkernel = _launchkernel
+
+    def _getproblem(self) -> int:
+        return 700
+
+    # what measuring calls beside executing: events tick a millisecond each, named by their time
+
+    def _eventcreate(self, out: Any, flags: Any) -> int:
+        out._obj.value = 1
+        return 0
+
+    _eventcreatewithflags = _eventcreate
+
+    def _eventrecord(self, event: Any, stream: Any) -> int:
+        self.clock += 1.0
+        event.value = int(self.clock)
+        return 0
+
+    def _eventelapsedtime(self, out: Any, first: Any, last: Any) -> int:
+        out._obj.value = last.value - first.value
+        return 0
+
+    def _memcpydtodasync_v2(self, to: Any, source_: Any, nbytes: Any, stream: Any) -> int:
+        ctypes.memmove(to.value, source_.value, nbytes.value)
+        return 0
+
+    _memcpydtodasync = _memcpydtodasync_v2
+
+    def _memgetinfo_v2(self, free: Any, total: Any) -> int:
+        free._obj.value, total._obj.value = 100 << 20, 200 << 20
+        return 0
+
+    _memgetinfo = _memgetinfo_v2
+
+    def _devicegetname(self, out: Any, length: Any, device: Any) -> int:
+        out.value = b"A card"
+        return 0
 
 
 class Interpreter:
@@ -93,6 +196,7 @@ def check_case(
 
 __all__ = [
     "GOLDEN",
+    "FakeDriver",
     "GpuBackend",
     "Interpreter",
     "check_case",

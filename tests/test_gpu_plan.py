@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_support import GOLDEN, lowered, quiet, write_draft
+from gpu_support import GOLDEN, FakeDriver, lowered, quiet, write_draft
 from support import B, Case, T
 
 from dsv4c.errors import ArtifactError, CompileError, TargetError, ToolchainError
@@ -306,74 +306,6 @@ def test_a_model_runs_dry(tmp_path: Path) -> None:
     state["pos"] = np.zeros(2, np.int32)
     with pytest.raises(ArtifactError, match="has shape"):
         backend.call(step_of(1), state)
-
-
-class FakeDriver:
-    """A driver's library that keeps its memory in Python and notes every call."""
-
-    def __init__(
-        self, version: int = 13000, capability: tuple[int, int] = (9, 0), name: bytes = b"gfx942"
-    ) -> None:
-        self.version, self.capability, self.name = version, capability, name
-        self.calls: list[str] = []
-        self.launches: list[tuple[tuple[int, ...], int]] = []
-        self.memory: dict[int, Any] = {}
-
-    def __getattr__(self, symbol: str) -> Any:
-        if not symbol.startswith(("cu", "hip")):
-            raise AttributeError(symbol)
-
-        def call(*arguments: Any) -> int:
-            self.calls.append(symbol)
-            return int(
-                getattr(self, f"_{symbol.removeprefix('cu').removeprefix('hip').lower()}", self._ok)(
-                    *arguments
-                )
-            )
-
-        return call
-
-    def _ok(self, *arguments: Any) -> int:
-        return 0
-
-    def _drivergetversion(self, out: Any) -> int:
-        out._obj.value = self.version
-        return 0
-
-    def _devicegetattribute(self, out: Any, attribute: Any, device: Any) -> int:
-        out._obj.value = self.capability[attribute.value - 75]
-        return 0
-
-    def _getdevicepropertiesr0600(self, out: Any, device: Any) -> int:
-        ctypes.memmove(ctypes.addressof(out) + 1160, self.name, len(self.name))
-        return 0
-
-    def _memalloc_v2(self, out: Any, nbytes: Any) -> int:
-        held = ctypes.create_string_buffer(nbytes.value + 256)
-        out._obj.value = -(-ctypes.addressof(held) // 256) * 256
-        self.memory[out._obj.value] = held
-        return 0
-
-    _malloc = _memalloc_v2
-
-    def _memcpyhtodasync_v2(self, to: Any, source_: Any, nbytes: Any, stream: Any) -> int:
-        ctypes.memmove(to.value, source_.value, nbytes.value)
-        return 0
-
-    def _memcpydtohasync_v2(self, to: Any, source_: Any, nbytes: Any, stream: Any) -> int:
-        ctypes.memmove(to.value, source_.value, nbytes.value)
-        return 0
-
-    _memcpyhtodasync, _memcpydtohasync = _memcpyhtodasync_v2, _memcpydtohasync_v2
-
-    def _launchkernel(self, function: Any, *rest: Any) -> int:
-        self.launches.append((tuple(r.value for r in rest[:7]), len(rest[8])))
-        return 0
-
-    _modulelaunchkernel = _launchkernel
-
-    def _getproblem(self) -> int:
-        return 700
 
 
 def loaded(plan: Plan) -> tuple[Plan, bytes]:

@@ -46,3 +46,16 @@ def test_without_a_driver_nothing_runs(artifact: Path, capsys: pytest.CaptureFix
         Session(artifact)
     assert cli.main(["verify", str(artifact), "--on", "device"]) == 2
     assert "driver" in capsys.readouterr().err
+
+
+def test_the_report_has_its_kernels(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As compiled: registers and matrix instructions of each, and the least time of a step."""
+    assert cli.main(["inspect", str(artifact)]) == 0
+    printed = capsys.readouterr().out
+    assert "HGMMA" in printed and "Least times by the published figures of h200" in printed
+    pytest.importorskip("matplotlib")
+    page = tmp_path / "r.html"
+    assert cli.main(["report", str(artifact), "-o", str(page), "--ceilings", "500,40"]) == 0
+    assert "Kernels of the launch plan" in page.read_text() and "HGMMA" in page.read_text()

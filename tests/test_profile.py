@@ -17,7 +17,8 @@ from dsv4c.ir.amounts import least, symbolic, tree_of
 from dsv4c.ir.cost import module_cost, op_cost
 from dsv4c.ir.graph import Module
 from dsv4c.runtime import Artifact, profile
-from dsv4c.runtime.profile import Phase, Recorder, evaluate, layer_of, measure_ceilings, summarise
+from dsv4c.runtime.container.costs import evaluate
+from dsv4c.runtime.profile import Phase, Recorder, layer_of, measure_ceilings, summarise
 
 __all__ = ["built", "dsv4c"]  # fixtures: pytest finds them by name
 

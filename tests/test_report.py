@@ -79,7 +79,29 @@ def full(artifact: Path) -> Artifact:
         },
     }  # fmt: skip
     report["bench"] = bench()
+    opened.meta["plan"] = launch_plan()
     return opened
+
+
+def launch_plan() -> dict[str, Any]:
+    """What an artifact for a GPU says of its kernels."""
+    row = {"launches": 7, "flops": 10, "weight_bytes": 100, "data_bytes": 20, "bound": "memory"}
+    kernels = [{"kernel": 0, **row, "seconds": 1.25e-05}, {"kernel": 1, **row, "seconds": None}]
+    step = {"tokens": 1, "past": 1024, "program": "few", "flops": 2e9, "weight_bytes": 1e6, "data_bytes": 0}
+    facts = {"registers": 168, "spilled": 0, "occupancy": 0.188, "matrix": {"HGMMA": 24}}
+    return {
+        "kernels": [
+            {"name": "linear", "shared": 73728, **facts},
+            {"name": "norm", "shared": 0, **facts, "matrix": {}},
+        ],
+        "roofline": {
+            "device": {"name": "h200", "bandwidth": 4.8e12, "bf16": 9.89e14, "f32": None},
+            "steps": {
+                "decode": {**step, "seconds": 0.000123, "launches": [1.0] * 212, "kernels": kernels},
+                "prefill": {**step, "seconds": None, "launches": [None], "kernels": []},
+            },
+        },
+    }  # fmt: skip
 
 
 def bench() -> dict[str, Any]:
@@ -164,6 +186,10 @@ def test_the_numbers_are_on_the_page(artifact: Path) -> None:
         "3 of 12 experts",
         "40.0 %",
         "100 GFLOP/s and 20 GB/s",
+        "HGMMA 24",
+        "<td class=n>12.5</td>",
+        "h200, 4800 GB/s, 989 TFLOP/s of BF16, unknown of FP32",
+        "at least 123 us in 212 launches of program few, 1 MB and 2 GFLOP",
     ):
         assert words in text, words
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
+from dsv4c.cli.kernels import HEAD, NUMBERS, kernel_rows, step_sentences
 from dsv4c.cli.show import size
 from dsv4c.runtime import Artifact
 
@@ -200,6 +201,18 @@ def _roofline(meta: Facts, report: Facts, ceilings: Ceilings) -> str:
     return out
 
 
+def _kernels(meta: Facts, report: Facts, ceilings: Ceilings) -> str:
+    plan = meta.get("plan")
+    if not plan:
+        return ""
+    words = (
+        "Every kernel of both programs as it was compiled. Occupancy is the part of a core's threads that "
+        "its blocks fill by registers and shared memory."
+    )
+    sentences = "".join(text(line) for line in step_sentences(plan))
+    return text(words) + sentences + table(HEAD, kernel_rows(plan), NUMBERS)
+
+
 def _engram(meta: Facts, report: Facts, ceilings: Ceilings) -> str:
     note = _note(report, "layout_engram")
     tables = note.get("tables", [])
@@ -267,6 +280,7 @@ SECTIONS: tuple[tuple[str, Section], ...] = (
     ("Planned memory", _memory),
     ("Engram tables", _engram),
     ("Roofline of a step", _roofline),
+    ("Kernels of the launch plan", _kernels),
     ("On the device", _on_device),
     ("Measured speed", measured_speed),
     ("Error of the prefill in two halves", replay_error),

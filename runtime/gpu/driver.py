@@ -102,6 +102,11 @@ class DriverDevice:
         self._functions: list[Handle] = []
         self._modules: list[Handle] = []
 
+    @property
+    def stream(self) -> Handle:
+        """Where launches and copies run, one after the other; measuring puts its events there."""
+        return self._stream
+
     def load(self, kernels: Sequence[Kernel], code: bytes) -> None:
         """Every object becomes a module; a kernel that wants much shared memory is allowed it."""
         self._kernels = kernels

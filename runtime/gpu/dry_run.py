@@ -45,17 +45,17 @@ class DryRunDevice:
             raise ArtifactError(f"{address:#x} was not allocated", where="dry run")
 
     def write(self, address: int, array: npt.NDArray[Any]) -> None:
-        self._inside(address, packed_bytes(array).nbytes, "write")
+        self.inside(address, packed_bytes(array).nbytes, "write")
 
     def read(self, address: int, array: npt.NDArray[Any]) -> None:
-        self._inside(address, array.nbytes, "read")
+        self.inside(address, array.nbytes, "read")
         array[...] = np.zeros((), array.dtype)
 
     def launch(self, kernel: int, grid: tuple[int, int, int], values: Sequence[Scalar]) -> None:
         found = self._kernels[kernel]
         for parameter, value in zip(found.parameters, values, strict=True):
             if parameter.is_pointer:
-                self._inside(int(value), 1, f"{found.name}.{parameter.name}")
+                self.inside(int(value), 1, f"{found.name}.{parameter.name}")
                 if parameter.divisible and int(value) % 16:
                     raise ArtifactError(
                         f"{value:#x} is no multiple of 16", where=f"{found.name}.{parameter.name}"
@@ -71,7 +71,8 @@ class DryRunDevice:
     def run_graph(self, graph: object) -> None:
         raise ArtifactError("no graph was recorded", where="dry run")
 
-    def _inside(self, address: int, nbytes: int, what: str) -> None:
+    def inside(self, address: int, nbytes: int, what: str) -> None:
+        """ArtifactError unless all of these bytes were allocated in one piece."""
         for start, there in self._memory.items():
             if start <= address and address + nbytes <= start + there:
                 return

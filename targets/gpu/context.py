@@ -80,6 +80,7 @@ class Context:
         bound: symbols that stand alone in some argument's shape.
         weights: name of a buffer -> its expression.
         temporaries: buffers made so far, without slots and lives.
+        callers: the op of each launch.
     """
 
     gpu: Gpu
@@ -91,6 +92,7 @@ class Context:
     values: dict[Value, Ref] = field(default_factory=dict)
     temporaries: dict[str, Buffer] = field(default_factory=dict)
     launches: list[Launch] = field(default_factory=list)
+    callers: list[Op] = field(default_factory=list)
     memo: dict[tuple[object, ...], list[Ref]] = field(default_factory=dict)
     op: Op | None = None
 
@@ -184,8 +186,11 @@ class Context:
         kernel = Kernel(name, made.module, "", marked, dict(constants), warps, stages, self.gpu.warp)
         texts = tuple(str(g) for g in (*grid, 1, 1, 1)[:3])
         arguments = tuple(_argument(given[p.name]) for p in parameters)
-        where = f"{self.op.name} {self.op.loc}" if self.op is not None else ""
+        if self.op is None:
+            raise TargetError("a launch belongs to an op", where=name)
+        where = f"{self.op.name} {self.op.loc}"
         self.launches.append(Launch(self.kernels.add(kernel), texts, arguments, where))
+        self.callers.append(self.op)
 
     def _marked(self, parameter: Parameter, given: Given) -> Parameter:
         """Whether a multiple of 16 is passed: bytes for pointers, which stand at multiples of 256."""

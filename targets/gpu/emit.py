@@ -17,10 +17,13 @@ from dsv4c.ir.weights import TensorStore, WeightExpr, describe, stream
 from dsv4c.runtime.container import ArtifactWriter
 from dsv4c.runtime.container.plan import Plan
 from dsv4c.targets.base import Arch, Progress
+from dsv4c.targets.calls import calls_meta
+from dsv4c.targets.hardware import Device, load_devices
 
 from .arch import gpu
 from .build import build
 from .plan import Draft, built, draft
+from .roofline import roofline
 
 
 def emit_plan(
@@ -43,7 +46,7 @@ def emit_plan(
     plan = built(found.plan, objects.kernels, 1000 * objects.toolkit)
     writer.add_section("code", objects.code)
     _write(plan, found, store, writer, progress)
-    writer.set_meta("plan", kernel_report(plan))
+    writer.set_meta("plan", plan_report(plan, module, found, known_device(arch)))
 
 
 def emit_draft(
@@ -67,30 +70,41 @@ def _write(plan: Plan, found: Draft, store: TensorStore, writer: ArtifactWriter,
         progress("weights", done, total)
 
 
-def kernel_report(plan: Plan) -> dict[str, Any]:
-    """What a reader of the artifact may want to know of its code, without the plan itself."""
+def plan_report(plan: Plan, module: Module, found: Draft, device: Device | None) -> dict[str, Any]:
+    """What a reader of the artifact may want to know of its code, without the plan itself.
+
+    Returns:
+        `arch`, `vendor`, `driver`; `kernels`, each with its name, sizes, constants and what the compiler
+        said; `programs`, each with what it holds and its `calls`, see `targets.calls`; `roofline`, see
+        `roofline.roofline`, where the arch names a device.
+    """
     kernels = [
         {
             "name": k.name, "warps": k.warps, "stages": k.stages, "shared": k.shared, "bytes": k.nbytes,
             "constants": k.constants, **k.facts,
         } for k in plan.kernels
     ]  # fmt: skip
+    names = [[plan.kernels[launch.kernel].name for launch in p.launches] for p in plan.programs]
+    calls = [calls_meta(module, ops, given) for ops, given in zip(found.callers, names, strict=True)]
     programs = [
         {
-            "name": p.name,
-            "launches": len(p.launches),
-            "temporaries": len(p.temporaries),
-            "slots": len(p.slots),
-        }
-        for p in plan.programs
-    ]
-    return {
-        "arch": plan.arch,
-        "vendor": plan.vendor,
-        "driver": plan.driver,
-        "kernels": kernels,
-        "programs": programs,
-    }
+            "name": p.name, "launches": len(p.launches), "temporaries": len(p.temporaries),
+            "slots": len(p.slots), "calls": made,
+        } for p, made in zip(plan.programs, calls, strict=True)
+    ]  # fmt: skip
+    bound = {"roofline": roofline(plan, calls, device)} if device and _is_step(plan) else {}
+    head = {"arch": plan.arch, "vendor": plan.vendor, "driver": plan.driver}
+    return {**head, "kernels": kernels, "programs": programs, **bound}
+
+
+def _is_step(plan: Plan) -> bool:
+    """Whether it is a language model's, whose steps have the sizes that a report is about."""
+    return {"tokens", "n_valid", "rows"} <= {b.name for b in plan.of_kind("input")}
+
+
+def known_device(arch: Arch) -> Device | None:
+    """The device that an arch is estimated on."""
+    return load_devices().get(arch.device)
 
 
 _NAN = {

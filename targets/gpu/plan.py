@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dsv4c.errors import TargetError, unknown
 from dsv4c.ir.dims import Dim
-from dsv4c.ir.graph import Module, Value
+from dsv4c.ir.graph import Module, Op, Value
 from dsv4c.ir.weights import WeightExpr
 from dsv4c.runtime.container.plan import VERSION, Buffer, Kernel, Plan, Program
 
@@ -20,10 +20,16 @@ from .tiles import FEW_ROWS
 
 @dataclass(frozen=True)
 class Draft:
-    """A plan whose kernels have no code yet, and the expressions of its weights by buffer."""
+    """A plan whose kernels have no code yet.
+
+    Attributes:
+        weights: the expressions of its weights by buffer.
+        callers: per program, the op of each launch.
+    """
 
     plan: Plan
     weights: Mapping[str, Stored]
+    callers: tuple[tuple[Op, ...], ...]
 
 
 def draft(module: Module, gpu: Gpu) -> Draft:
@@ -33,7 +39,7 @@ def draft(module: Module, gpu: Gpu) -> Draft:
         TargetError: an op, or a form of it, has no kernel.
     """
     kernels, weights = Kernels(), dict[str, Stored]()
-    few, many = (_program(module, gpu, kernels, weights, few) for few in (True, False))
+    made = [_program(module, gpu, kernels, weights, few) for few in (True, False)]
     bound = _bound(module)
     buffers = [
         *(_buffer(name, "input", v, bound) for name, v in module.inputs.items()),
@@ -43,12 +49,14 @@ def draft(module: Module, gpu: Gpu) -> Draft:
     ]  # fmt: skip
     plan = Plan(
         VERSION, gpu.vendor, gpu.name, gpu.capability, gpu.exact, 0, gpu.shared, tuple(buffers),
-        tuple(kernels.all), (few, many),
+        tuple(kernels.all), tuple(program for program, _ in made),
     )  # fmt: skip
-    return Draft(plan, weights)
+    return Draft(plan, weights, tuple(tuple(callers) for _, callers in made))
 
 
-def _program(module: Module, gpu: Gpu, kernels: Kernels, weights: dict[str, Stored], few: bool) -> Program:
+def _program(
+    module: Module, gpu: Gpu, kernels: Kernels, weights: dict[str, Stored], few: bool
+) -> tuple[Program, list[Op]]:
     exact = not any(op.attrs.get("inputs") == "bf16" for op in module.ops)
     c = Context(gpu, few, exact, _bound(module), kernels, weights)
     for name, value in module.arguments().items():
@@ -68,7 +76,8 @@ def _program(module: Module, gpu: Gpu, kernels: Kernels, weights: dict[str, Stor
     rows, most = ("B*T", FEW_ROWS) if few else ("1", 0)
     if few and not {"B", "T"} <= _bound(module):
         rows = "1"
-    return Program("few" if few else "many", rows, most, placed, slots, tuple(c.launches), kept)
+    name = "few" if few else "many"
+    return Program(name, rows, most, placed, slots, tuple(c.launches), kept), c.callers
 
 
 def _stride(value: Value) -> int:

@@ -17,8 +17,8 @@ from dsv4c.ir.graph import Module
 from dsv4c.ir.weights import TensorStore, WeightExpr, stream
 from dsv4c.runtime.container import ArtifactWriter
 from dsv4c.targets.base import Arch, Progress
+from dsv4c.targets.calls import calls_meta
 
-from .calls import calls_meta
 from .context import Context
 from .fixed import Fixed, add_fixed
 from .kernels.packing import Simd
@@ -74,7 +74,8 @@ def _facts(module: Module, context: Context) -> dict[str, Any]:
     one = {"one": _one_facts(module, context.one)} if context.one is not None else {}
     return one | {
         "weights": list(context.packed), "tables": list(context.handles), "inputs": inputs,
-        "states": list(module.states), "outputs": results_of(module), "calls": calls_meta(module, context),
+        "states": list(module.states), "outputs": results_of(module),
+        "calls": calls_meta(module, context.callers, context.calls),
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from dsv4c.ir.amounts import Tree, symbolic, tree_of
@@ -10,11 +11,13 @@ from dsv4c.ir.cost import Cost, op_cost
 from dsv4c.ir.dims import Dim
 from dsv4c.ir.graph import Module, Op
 
-from .context import Context
 
-
-def calls_meta(module: Module, context: Context) -> dict[str, Any]:
+def calls_meta(module: Module, callers: Sequence[Op], calls: Sequence[str]) -> dict[str, Any]:
     """The calls of a program in order, as a profile needs them.
+
+    Args:
+        callers: the op of each call.
+        calls: the function that each calls.
 
     Returns:
         `functions`, the names that are called; `costs`, each [flops, bytes of weights, other bytes] as trees
@@ -27,7 +30,7 @@ def calls_meta(module: Module, context: Context) -> dict[str, Any]:
     costs: dict[str, int] = {}
     ops: dict[Op, tuple[int, int]] = {}
     order = []
-    for op, function in zip(context.callers, context.calls, strict=True):
+    for op, function in zip(callers, calls, strict=True):
         if op not in ops:
             cost = json.dumps(_trees(op_cost(op, sizes)))
             ops[op] = len(ops), costs.setdefault(cost, len(costs))

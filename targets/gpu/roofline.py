@@ -1,0 +1,89 @@
+"""The roofline of a launch plan: the least time of every launch on the card that an arch is estimated on.
+
+Costs of ops are those of `ir.cost`, sizes those of the compiler's report, figures those of `hardware.json`
+without any efficiency: what comes out is a bound, no estimate of a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dsv4c.runtime.container.costs import Needs, Rates, launch_needs
+from dsv4c.runtime.container.plan import Plan, Program
+from dsv4c.runtime.container.sizes import symbols
+from dsv4c.targets.hardware import Device
+from dsv4c.targets.report import STEPS
+
+Facts = dict[str, Any]
+CONTEXT = 4096
+"""Positions that states have room for, as in the compiler's report."""
+
+
+def rates_of(device: Device) -> Rates:
+    """The published figures of a device."""
+    return Rates(device.bandwidth, device.peaks.get("bf16"), device.peaks.get("f32"))
+
+
+def step_sizes(plan: Plan, batch: int, tokens: int, past: int, context: int) -> dict[str, int]:
+    """Every symbol of a plan's arguments, capacities such as `ctx_4` among them, with `past`."""
+    names = {n for b in plan.buffers for text in b.shape for n in symbols(text)}
+    capacities = {n: context // int(n.removeprefix("ctx_")) for n in names if n.startswith("ctx_")}
+    return {"B": batch, "T": tokens, "L": 1, "ctx": context, "past": past, **capacities}
+
+
+def roofline(plan: Plan, calls: Sequence[Any], device: Device) -> Facts:
+    """The least time of each step of `report.STEPS`.
+
+    Args:
+        calls: of each program, see `targets.calls`.
+
+    Returns:
+        `device` {"name", "bandwidth", "bf16", "f32"}; `steps`, name -> {"tokens", "past", "program",
+        "seconds", "flops", "weight_bytes", "data_bytes", "launches"}: of each launch its microseconds, in
+        order; and "kernels", for each kernel of that program {"kernel": its place, "launches", "flops",
+        "weight_bytes", "data_bytes", "seconds", "bound"}. Seconds are null where the device does not publish
+        what they need.
+    """
+    rates = rates_of(device)
+    figures = {"bandwidth": rates.bandwidth, "bf16": rates.matrix, "f32": rates.vector}
+    steps = {}
+    for name, step in STEPS.items():
+        sizes = step_sizes(plan, 1, step["tokens"], step["past"], CONTEXT)
+        program = plan.program(sizes)
+        needs = launch_needs(plan, program, calls[plan.programs.index(program)], sizes)
+        steps[name] = {**step, "program": program.name, **_step(plan, program, needs, rates)}
+    return {"device": {"name": device.name, **figures}, "steps": steps}
+
+
+def _step(plan: Plan, program: Program, needs: Sequence[Needs], rates: Rates) -> Facts:
+    by_kernel: dict[int, list[int]] = {}
+    for index, launch in enumerate(program.launches):
+        by_kernel.setdefault(launch.kernel, []).append(index)
+    times = [
+        rates.least(plan.kernels[launch.kernel], need)
+        for launch, need in zip(program.launches, needs, strict=True)
+    ]
+    rows = []
+    for kernel, indices in sorted(by_kernel.items()):
+        bounds = [times[i][1] for i in indices]
+        rows.append({
+            "kernel": kernel, "launches": len(indices), **_amounts([needs[i] for i in indices]),
+            "seconds": _total([times[i][0] for i in indices]), "bound": max(bounds, key=bounds.count),
+        })  # fmt: skip
+    microseconds = [None if s is None else round(1e6 * s, 3) for s, _ in times]
+    total = _total([s for s, _ in times])
+    return {"seconds": total, **_amounts(needs), "launches": microseconds, "kernels": rows}
+
+
+def _amounts(needs: Sequence[Needs]) -> Mapping[str, int]:
+    whole = sum(needs, Needs())
+    return {
+        "flops": round(whole.flops), "weight_bytes": round(whole.weight_bytes),
+        "data_bytes": round(whole.data_bytes),
+    }  # fmt: skip
+
+
+def _total(seconds: Sequence[float | None]) -> float | None:
+    known = [s for s in seconds if s is not None]
+    return sum(known) if len(known) == len(seconds) else None
