@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tvm_ffi
 
 from .buffers import zeros
+from .ffi import tvm_ffi
 
 
 class OneToken:

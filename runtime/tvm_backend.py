@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tvm_ffi
 
 from dsv4c.errors import ArtifactError
 
@@ -24,6 +23,7 @@ from .buffers import aligned
 from .container import Artifact
 from .engram import TableOptions
 from .engram.calls import Tables
+from .ffi import tvm_ffi
 from .images.rows import ImageRows, no_images
 from .one_token import OneToken
 from .undo import Undo

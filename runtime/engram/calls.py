@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tvm_ffi
 
 from dsv4c.errors import ArtifactError, Dsv4cError, SessionError
 from dsv4c.runtime.buffers import zeros
 from dsv4c.runtime.container import Artifact
 from dsv4c.runtime.container.handles import BEGIN, FAIL, WAIT, Failure, Handle, Ticket, Tier
+from dsv4c.runtime.ffi import tvm_ffi
 
 from .background import Background
 from .options import TableOptions
