@@ -43,20 +43,6 @@ define i32 @dsv4c_amx_release() {
   call void @llvm.x86.tilerelease()
   ret i32 0
 }
-
-define i32 @dsv4c_amx_ask(ptr %from, i64 %bytes) {
-  %some = icmp sgt i64 %bytes, 0
-  br i1 %some, label %body, label %done
-body:
-  %at = phi i64 [ 0, %0 ], [ %next, %body ]
-  %p = getelementptr i8, ptr %from, i64 %at
-  call void @llvm.prefetch.p0(ptr %p, i32 0, i32 2, i32 1)
-  %next = add i64 %at, 64
-  %go = icmp slt i64 %next, %bytes
-  br i1 %go, label %body, label %done
-done:
-  ret i32 0
-}
 """
 
 
@@ -199,11 +185,10 @@ done:
 def library(blocks: frozenset[Block]) -> str:
     """What products by these blocks, all of equal `pieces`, call. Addresses and strides are in bytes.
 
-    config_N(rows) for N pieces; release(); ask(address, bytes): request memory that is read soon. begin(sums,
-    stride, more): zeros, or the sums so far where `more`. end(sums, stride): write them. steps(x, apart, x
-    stride, panel, panel stride, steps, soon, lines, turn, jump): add the products of `steps` >= 1 tiles;
-    tiles of X lie `apart` from one another. Each step requests `lines` lines of memory, one after the other
-    from `soon` on, with a jump when `turn` steps are left.
+    config_N(rows) for N pieces; release(); begin(sums, stride, more): zeros, or the sums so far where `more`;
+    end(sums, stride): write them. steps(x, apart, x stride, panel, panel stride, steps, soon, lines, turn,
+    jump): add the products of `steps` >= 1 tiles; tiles of X lie `apart` from one another. Each step requests
+    `lines` lines of memory, one after the other from `soon` on, with a jump when `turn` steps are left.
     """
     (pieces,) = {block.pieces for block in blocks}
     return _config(pieces) + "".join(_functions(block) for block in sorted(blocks, key=lambda b: b.name))

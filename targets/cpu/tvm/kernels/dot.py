@@ -15,6 +15,7 @@ from tvm.script import tirx as T
 
 from dsv4c.ir.dtypes import DType
 
+from .ahead import asking, load_asking
 from .packing import Packing
 from .pairs import fold, folds, pair
 from .product import ROWS, load, parts_of, store, sums
@@ -66,7 +67,7 @@ def dot_product(p: Packing, k: int, width: int):
 
         def of_word(word, pairs):
             for v in range(vecs):
-                lanes = T.bind(p.load(W, panel * words + first // group + word, v, width))
+                lanes = T.bind(load_asking(p, W, panel * words + first // group + word, v, width))
                 for i in range(pairs):
                     take(word * (group // 2) + i, v, pair(p, lanes, i, scales[v]))
 
@@ -146,7 +147,7 @@ def dot_product(p: Packing, k: int, width: int):
         parts_of(k, strip, one_strip)
 
     def product(out, X, W, S, R, at, rows, panel, *_):
-        with T.attr(T.int32(0), "pragma_import_llvm", DOT):
+        with T.attr(T.int32(0), "pragma_import_llvm", DOT), asking():
             with T.If(rows <= FEW):
                 with T.Then(), T.serial(0, rows) as r:
                     direct(out, X, W, S, at, panel, r)

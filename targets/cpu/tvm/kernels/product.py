@@ -15,6 +15,7 @@ from tvm.script import tirx as T
 
 from dsv4c.ir.dtypes import DType
 
+from .ahead import asking, load_asking
 from .packing import Packing
 from .vec import LANES, ramp, splat, zeros
 
@@ -63,7 +64,7 @@ def panel_product(p: Packing, k: int, width: int):
     def add_words(part, X, W, word, x_at, columns):
         """The first `columns` of the words of 16 rows by X, in ascending order."""
         for v in range(vecs):
-            total, lanes = load(part, v), p.load(W, word, v, width)
+            total, lanes = load(part, v), load_asking(p, W, word, v, width)
             for j in range(columns):
                 total = total + p.decode(lanes, j) * splat(X[x_at + j])
             store(part, v, total)
@@ -126,7 +127,7 @@ def panel_product(p: Packing, k: int, width: int):
 
     def product(out, X, W, S, R, at, rows, panel, *_):
         with T.If(rows <= few):
-            with T.Then(), T.serial(0, rows) as r:
+            with T.Then(), asking(), T.serial(0, rows) as r:
                 direct(out, X, W, S, at(r), panel, r)
             with T.Else():
                 shared(out, X, W, S, at, rows, panel)

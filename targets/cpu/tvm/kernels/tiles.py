@@ -22,9 +22,10 @@ from tvm.script import tirx as T
 
 from dsv4c.ir.dtypes import DType
 
+from .ahead import asking, load_asking
 from .amx import COLUMNS, HIGH, LINE, Block, library
 from .dot import DOT, FEW, dot
-from .packing import WORD, Packing, Simd
+from .packing import Packing, Simd
 from .pairs import fold, folds, pair
 from .product import load, parts_of, store, sums
 from .vec import LANES, ramp, zeros
@@ -90,10 +91,8 @@ class _TileProduct:
             self.by_tiles(out, X, W, S, start, stride, rows, panel, apart, following)
         else:
             with T.If(rows <= FEW):
-                with T.Then():
-                    self.ask_for_next(W, panel, following, self.k - 1, 1)
-                    with T.serial(0, rows) as r:
-                        self.direct(out, X, W, S, start + r * stride, panel, r)
+                with T.Then(), T.serial(0, rows) as r:
+                    self.direct(out, X, W, S, start + r * stride, panel, r)
                 with T.Else():
                     self.by_tiles(out, X, W, S, start, stride, rows, panel, apart, following)
         if self.p.rows:
@@ -133,13 +132,13 @@ class _TileProduct:
                 scale = p.block_scale(S, self.scale_at(panel, first, v))
                 store(total, v, load(total, v) + load(part, v) * scale)
 
-        with T.attr(T.int32(0), "pragma_import_llvm", DOT):
+        with T.attr(T.int32(0), "pragma_import_llvm", DOT), asking():
             parts_of(self.k, self.k if self.folded else self.shared, one_block)
         for v in range(vecs):
             store(out, row * vecs + v, load(total, v))
 
     def by_tiles(self, out, X, W, S, start, stride, rows, panel, apart, following) -> None:
-        with T.attr(T.int32(0), "pragma_import_llvm", library(self.blocks)):
+        with T.attr(T.int32(0), "pragma_import_llvm", library(self.blocks)), asking():
             high = T.bind(T.min(rows, HIGH))
             tiles = T.bind((rows + (HIGH - 1)) // HIGH)
             call(f"config_{self.p.pieces}", T.cast(high, "int32"))
@@ -158,7 +157,6 @@ class _TileProduct:
 
             def one_strip(first, columns):
                 if not self.in_place:
-                    self.ask_for_next(W, panel, following, first, columns)
                     self.decode(scratch, W, S, panel, first, columns)
                 given = (out, scratch, panel, x_of, stride * 4, apart * 4, tiles, first, columns)
                 if self.folded:
@@ -211,19 +209,6 @@ class _TileProduct:
                 sums(self.double, two * 2, v, distance, two * (self.vecs // 2) + v // 2)
         with T.If(tiles % 2 == 1), T.Then():
             sums(self.single, tiles - 1, 0, apart, passes - 1)
-
-    def ask_for_next(self, W, panel, following, first, columns) -> None:
-        """Request stored columns behind these; behind the last, the first of the panel that comes next."""
-        per = self.p.per_word
-        strip = self.strip // per * self.width * WORD
-        words, here = self.p.words(self.k), panel * self.p.words(self.k) + first // per
-        if self.k <= self.strip:
-            there = following * words
-        else:
-            ends = first + columns >= self.k
-            there = T.if_then_else(ends, following * words, here + self.strip // per)
-        size = 2 if self.p.code is DType.BF16 else 1
-        call("ask", T.address_of(W[there * (self.width * WORD // size)]), T.int64(strip))
 
     def scaled_strip(
         self, out, scratch, panel, x_of, stride, apart, tiles, first, columns, S, high
@@ -303,7 +288,7 @@ class _TileProduct:
 
         def of_word(word, pairs):
             for v in range(vecs):
-                lanes = T.bind(p.load(W, panel * words + first // group + word, v, self.width))
+                lanes = T.bind(load_asking(p, W, panel * words + first // group + word, v, self.width))
                 for i in range(pairs):
                     take(number + word * (group // 2) + i, v, pair(p, lanes, i, scales[v]))
 
