@@ -142,8 +142,10 @@ class Target:
         """The ops that may reach the emitter of a format."""
         return self.ops | self.format(format).extra_ops
 
-    def elsewhere(self, op: str) -> str:
-        """What to say to whom a format without a hint refuses an op; "" where no other one takes it."""
+    def elsewhere(self, op: str, form: Format | None = None) -> str:
+        """What to say to whom a format refuses an op: its hint, or who takes it; "" where nobody does."""
+        if form is not None and op in form.hints:
+            return form.hints[op]
         takers = [f.name for f in self.formats if op in self.legal(f.name)]
         return f"--format {takers[0]} takes it" if takers else ""
 
