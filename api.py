@@ -207,7 +207,7 @@ def _finish(lowered: Module, chosen: Target, form: Format) -> None:
                 f"{op.name} is not legal here",
                 where=f"{chosen.name}, {op.loc}",
                 allowed=", ".join(sorted(legal)),
-                hint=chosen.elsewhere(op.name) or "run the target's own passes: " + form.passes,
+                hint=chosen.elsewhere(op.name, form) or "run the target's own passes: " + form.passes,
             )
         if not form.takes(op):
             raise TargetError(

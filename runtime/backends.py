@@ -71,6 +71,11 @@ def load_backend(artifact: Artifact, threads: int | None, tables: TableOptions |
     if artifact.meta["format"] == "plan":
         from .gpu_backend import GpuBackend
 
+        if tables is not None and (tables.tier == "disk" or tables.cache_bytes is not None):
+            raise UsageError(
+                "a launch plan holds its tables in device memory", where=str(artifact.path),
+                hint="leave out --tables disk and --table-cache, or compile for cpu",
+            )  # fmt: skip
         return GpuBackend(artifact, resident=True)
     try:
         from .tvm_backend import TvmBackend

@@ -22,7 +22,7 @@ from .container.plan import ALIGN, Argument, Buffer, Plan, Program
 from .container.sizes import size
 from .gpu.check import check_program
 from .gpu.device import Device, Scalar
-from .images.rows import ImageRows
+from .images.rows import ImageRows, no_images
 from .undo import Undo
 
 _NUMPY: dict[str, np.dtype[Any]] = {
@@ -75,7 +75,7 @@ class GpuBackend:
         self._device.load(self.plan.kernels, artifact.section("code") if "code" in artifact.sections else b"")
         self._addresses = {b.name: self._upload(b) for b in self.plan.of_kind("weight")}
         self._memory: dict[str, tuple[int, int]] = {}
-        self._bound: dict[tuple[tuple[str, int], ...], _Bound] = {}
+        self._bound: dict[tuple[str, tuple[tuple[str, int], ...]], _Bound] = {}
         self._owner: dict[str, npt.NDArray[Any]] | None = None
 
     def step(
@@ -88,9 +88,15 @@ class GpuBackend:
     ) -> npt.NDArray[np.float32]:
         """One step: tokens i32 [B,T], n_valid i32 [B], rows i32 [B,L] -> logits f32 [B,L,V].
 
-        `state` is updated in place.
+        `state` is updated in place. `images` are the rows of this call's image tokens; without them such
+        tokens take their row of the embedding.
         """
-        found = self.call({"tokens": tokens, "n_valid": n_valid, "rows": rows}, state)
+        inputs: dict[str, npt.NDArray[Any]] = {"tokens": tokens, "n_valid": n_valid, "rows": rows}
+        for buffer in self.plan.inputs():
+            if buffer.name == "images":
+                given = images or no_images(len(tokens), int(buffer.shape[2]))
+                inputs |= {"images": given.rows, "n_images": given.counts}
+        found = self.call(inputs, state)
         logits: npt.NDArray[np.float32] = found["logits"]
         return logits
 
@@ -100,15 +106,31 @@ class GpuBackend:
         """One step of any graph: its inputs by name -> its results by name; `state` is updated in place."""
         if self._owner is not state:
             self.bring()
-        given = {b.name: _as(b, inputs) for b in self.plan.of_kind("input")}
+        given = {b.name: _as(b, inputs) for b in self.plan.inputs()}
         held = {b.name: _as(b, state) for b in self.plan.of_kind("state")}
-        bound = self._bind(self._sizes(given | held))
+        bound = self._bind("", given | held)
         for name, array in (given if self._owner is state else given | held).items():
             self._device.write(self._addresses[name], array)
         self._owner = state
         self._run(bound)
         self._fetch(_SMALL if self._resident else None)
         self._owner = state if self._resident else None
+        return {name: self._result(*place) for name, place in bound.outputs.items()}
+
+    def call_part(self, part: str, inputs: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """The results by name of another program, one of `Plan.parts`; its inputs in order."""
+        if part not in self.plan.parts:
+            raise ArtifactError(
+                f"there is no program {part!r}", where=str(self.artifact.path),
+                allowed=", ".join(self.plan.parts) or "the step",
+            )  # fmt: skip
+        taken = self.plan.inputs(part)
+        named = {b.name: array for b, array in zip(taken, inputs, strict=True)}
+        given = {b.name: _as(b, named) for b in taken}
+        bound = self._bind(part, given)
+        for name, array in given.items():
+            self._device.write(self._addresses[name], array)
+        self._run(bound)
         return {name: self._result(*place) for name, place in bound.outputs.items()}
 
     def bring(self) -> None:
@@ -125,17 +147,11 @@ class GpuBackend:
             if most is None or array.nbytes <= most:
                 self._device.read(self._addresses[buffer.name], array)
 
-    def call_part(self, part: str, inputs: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """Plans have no further programs."""
-        raise ArtifactError(
-            f"there is no program {part!r}", where=str(self.artifact.path), allowed="the step"
-        )
-
     # -------------------------------------------------------------------------- binding to sizes
 
     def _sizes(self, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, int]:
         """Every symbol of the arguments, by the shapes that are given."""
-        buffers = (*self.plan.of_kind("input"), *self.plan.of_kind("state"))
+        buffers = [b for b in self.plan.buffers if b.name in arrays]
         for b in buffers:
             if arrays[b.name].ndim != len(b.shape):
                 shape = list(arrays[b.name].shape)
@@ -150,20 +166,24 @@ class GpuBackend:
                 )  # fmt: skip
         return sizes
 
-    def _bind(self, sizes: dict[str, int]) -> _Bound:
-        key = tuple(sorted(sizes.items()))
+    def _bind(self, part: str, arguments: dict[str, npt.NDArray[Any]]) -> _Bound:
+        """A program of a part for the sizes of its arguments."""
+        sizes = self._sizes(arguments)
+        key = part, tuple(sorted(sizes.items()))
         if key not in self._bound:
-            program = self.plan.program(sizes)
+            program = self.plan.program(sizes, part)
             if self._check:
                 check_program(self.plan, program, sizes)
-            self._place(program, sizes)
+            self._place(program, sizes, arguments)
             self._bound[key] = self._filled(program, sizes)
         return self._bound[key]
 
-    def _place(self, program: Program, sizes: dict[str, int]) -> None:
-        """Room for inputs, states and temporaries; what has grown moves, and everything bound is void."""
+    def _place(
+        self, program: Program, sizes: dict[str, int], arguments: dict[str, npt.NDArray[Any]]
+    ) -> None:
+        """Room for arguments and temporaries; what has grown moves, and everything bound is void."""
         arena = sum(size(s, sizes) for s in program.slots)
-        needs = {b.name: _nbytes(b, sizes) for b in self.plan.buffers if b.kind in ("input", "state")}
+        needs = {b.name: _nbytes(b, sizes) for b in self.plan.buffers if b.name in arguments}
         for name, nbytes in {**needs, "": arena}.items():
             address, there = self._memory.get(name, (0, -1))
             if nbytes > there:

@@ -1,10 +1,8 @@
-"""A rehearsal of a launch plan: the calls of the golden prompt on a device that computes nothing."""
+"""A rehearsal of a launch plan: the golden prompt and image on a device that computes nothing."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import numpy as np
 
 from dsv4c.errors import ArtifactError
 
@@ -12,6 +10,7 @@ from .container import Artifact
 from .gpu.dry_run import DryRunDevice
 from .gpu_backend import GpuBackend
 from .session import Session
+from .verify import golden_calls, golden_tower
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Rehearsal:
 
     Attributes:
         steps: calls of the golden prompt.
-        launches: of all steps together.
+        launches: of all steps together, and of the image encoder where there is one.
         kernels: distinct ones among them.
     """
 
@@ -41,10 +40,10 @@ def rehearse(artifact: Artifact) -> Rehearsal:
         raise ArtifactError(
             "has no golden prompt", where=str(artifact.path), hint="compile without --no-golden"
         )
-    device, tokens, at = DryRunDevice(), artifact.array("golden.tokens"), 0
-    session = Session(artifact, context=len(tokens), backend=GpuBackend(artifact, device, check=True))
-    calls = artifact.meta["golden"]["calls"]
-    for count in calls:
-        session.step(np.array(tokens[None, at : at + count]))
-        at += count
+    device, context = DryRunDevice(), len(artifact.array("golden.tokens"))
+    session = Session(artifact, context=context, backend=GpuBackend(artifact, device, check=True))
+    calls = list(golden_calls(session))
+    for tokens, images in calls:
+        session.step(tokens, images=images)
+    golden_tower(session)
     return Rehearsal(len(calls), len(device.launches), len({name for name, _ in device.launches}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,33 +85,43 @@ def verify(artifact: Artifact, threads: int | None = None, opener: Opener | None
         raise ArtifactError(
             "has no golden vectors", where=str(artifact.path), hint="compile without --no-golden"
         )
-    tokens = artifact.array("golden.tokens")
-    session = _session(artifact, len(tokens), threads, opener)
-    logits, streams, at = [], dict[str, list[Arr]](), 0
-    images = artifact.array("golden.images") if "golden.images" in artifact.tensors else None
-    used = 0
-    for count in artifact.meta["golden"]["calls"]:
-        fed = np.repeat(tokens[None, at : at + count], session.batch, axis=0)
-        given = None
-        if images is not None:
-            count_ = int((fed[0] == session.model["vision"]["placeholder"]).sum())
-            given = [images[used : used + count_]] * session.batch
-            used += count_
+    session = _session(artifact, len(artifact.array("golden.tokens")), threads, opener)
+    logits, streams = [], dict[str, list[Arr]]()
+    for fed, given in golden_calls(session):
         logits.append(session.step(fed, images=given)[0])
         for layer, seen in getattr(session.backend, "probes", {}).items():
             streams.setdefault(layer, []).append(seen[0])
-        at += count
     session.bring_state()
     found = {f"golden.state.{name}": value[:1] for name, value in session.state.items()}
     found |= {f"golden.block.{layer}": np.concatenate(parts) for layer, parts in streams.items()}
     found["golden.logits"] = np.concatenate(logits)
-    if "vision" in artifact.meta.get("parts", []) and "golden.vision.rows" in artifact.tensors:
-        found["golden.vision.rows"] = _tower(artifact, session)
+    tower = golden_tower(session)
+    if tower is not None:
+        found["golden.vision.rows"] = tower
     return [_check(artifact, name, found[name]) for name in _in_order(artifact, found)]
 
 
-def _tower(artifact: Artifact, session: Session) -> Arr:
-    """Rows of the golden image's span."""
+def golden_calls(session: Session) -> Iterator[tuple[Arr, list[Arr] | None]]:
+    """The calls of the golden prompt: tokens [B,T], and rows of their images where the model takes any."""
+    artifact, at, used = session.artifact, 0, 0
+    tokens = artifact.array("golden.tokens")
+    images = artifact.array("golden.images") if "golden.images" in artifact.tensors else None
+    for count in artifact.meta["golden"]["calls"]:
+        fed = np.repeat(tokens[None, at : at + count], session.batch, axis=0)
+        given = None
+        if images is not None:
+            many = int((fed[0] == session.model["vision"]["placeholder"]).sum())
+            given = [images[used : used + many]] * session.batch
+            used += many
+        yield fed, given
+        at += count
+
+
+def golden_tower(session: Session) -> Arr | None:
+    """Rows of the golden image's span; None where the artifact encodes no images."""
+    artifact = session.artifact
+    if "vision" not in artifact.meta.get("parts", []) or "golden.vision.rows" not in artifact.tensors:
+        return None
     down, across = artifact.meta["golden"]["grid"]
     cell = int(session.model["vision"]["downsample"])
     plan = ImagePlan(0, 0, down, across, -(-down // cell), -(-across // cell))

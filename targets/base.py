@@ -63,6 +63,7 @@ class Format:
         emits_parts: whether its emitter writes `Module.parts`; others drop them.
         roundings: values of the attribute `rounding`, and of `round_values.rule`, that its emitter takes.
         numerics: what it offers in place of its arch's; None where it offers those.
+        hints: op that its emitter refuses -> what to do instead.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Format:
         {"none", "bf16", "e4m3", "e2m1", "e2m1_e4m3", "int8", "bf16_rows", "reference"}
     )
     numerics: Mapping[str, str] | None = None
+    hints: Mapping[str, str] = field(default_factory=dict)
 
     def takes(self, op: Op) -> bool:
         """Whether an op rounds in a way that the emitter knows, or not at all."""
@@ -140,8 +142,10 @@ class Target:
         """The ops that may reach the emitter of a format."""
         return self.ops | self.format(format).extra_ops
 
-    def elsewhere(self, op: str) -> str:
-        """What to say to whom a format refuses an op; "" where no other one takes it."""
+    def elsewhere(self, op: str, form: Format | None = None) -> str:
+        """What to say to whom a format refuses an op: its hint, or who takes it; "" where nobody does."""
+        if form is not None and op in form.hints:
+            return form.hints[op]
         takers = [f.name for f in self.formats if op in self.legal(f.name)]
         return f"--format {takers[0]} takes it" if takers else ""
 

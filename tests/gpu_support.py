@@ -35,6 +35,9 @@ def lowered(checkpoint: Path | Module, front: str = "") -> Module:
     module = api.load_checkpoint(checkpoint) if isinstance(checkpoint, Path) else checkpoint
     run_pipeline(module, parse_pipeline((front + "," if front else "") + PLAN_PIPELINE))
     module.level = Level.TARGET
+    for part in module.parts.values():
+        run_pipeline(part, parse_pipeline(PLAN_PIPELINE.rpartition(",plan_memory")[0]))
+        part.level = Level.TARGET
     return module
 
 
@@ -153,10 +156,12 @@ class Interpreter:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
 
-    def run(self, path: Path, calls: list[tuple[Mapping[str, Arr], Mapping[str, Arr]]]) -> list[Any]:
-        """[(outputs, states)] of calls of an artifact, one after the other."""
+    def run(
+        self, path: Path, calls: list[tuple[Mapping[str, Arr], Mapping[str, Arr]]], part: str = ""
+    ) -> list[Any]:
+        """[(outputs, states)] of calls of an artifact or of a part of it, one after the other."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        pickle.dump((str(path), calls), self._process.stdin)
+        pickle.dump((str(path), calls, part), self._process.stdin)
         self._process.stdin.flush()
         found = pickle.load(self._process.stdout)
         assert not isinstance(found, str), found

@@ -1,8 +1,9 @@
 """A process that runs launch plans in Triton's interpreter, for tests: requests come pickled, one after
 another.
 
-A request is (path of an artifact, [(inputs, states)]); the answer is [(outputs, states)], or the text of an
-error. Triton is imported with its interpreter on, which cannot be undone in a process; hence this one.
+A request is (path of an artifact, [(inputs, states)], name of a part or ""); the answer is [(outputs,
+states)], or the text of an error. Triton is imported with its interpreter on, which cannot be undone in a
+process; hence this one.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from dsv4c.runtime.gpu_backend import GpuBackend
 from dsv4c.targets.gpu.interpret import InterpreterDevice  # switches the interpreter on
 
 
-def answer(path: str, calls: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[Any]:
+def answer(path: str, calls: list[tuple[dict[str, Any], dict[str, Any]]], part: str) -> list[Any]:
     """Every call on one backend, states updated in place."""
     backend, out = GpuBackend(Artifact.open(path), InterpreterDevice(), check=True), []
     for inputs, state in calls:
-        out.append((backend.call(inputs, state), state))
+        found = backend.call_part(part, list(inputs.values())) if part else backend.call(inputs, state)
+        out.append((found, state))
     return out
 
 
@@ -34,11 +36,11 @@ def main() -> None:
     os.dup2(2, 1)  # what kernels print must not get between the answers
     while True:
         try:
-            path, calls = pickle.load(source)
+            path, calls, part = pickle.load(source)
         except EOFError:
             return
         try:
-            found: Any = answer(path, calls)
+            found: Any = answer(path, calls, part)
         except Exception:
             found = traceback.format_exc()
         pickle.dump(found, sink)

@@ -104,6 +104,7 @@ def test_every_heavy_kernel_has_tiles_on_every_gpu(target: Any) -> None:
         "index_scores",
         "index_topk",
         "hc_project",
+        "full_attention",
     ):
         for few in (True, False):
             found = tiles(name, target, few)

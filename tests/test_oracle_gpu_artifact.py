@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from gpu_support import GOLDEN
 
 from dsv4c import Session, cli
-from dsv4c.errors import ToolchainError
+from dsv4c.errors import SessionError, ToolchainError
 from dsv4c.runtime.container import Artifact
+from dsv4c.runtime.gpu.dry_run import DryRunDevice
+from dsv4c.runtime.gpu_backend import GpuBackend
 
 pytest.importorskip("triton", reason="Triton is not installed: make oracle")
 pytestmark = pytest.mark.oracle
 
 
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("gpu") / "m.dsv4"
-    assert cli.main(["compile", str(GOLDEN / "v4"), "--target", "cuda:sm_90a", "-o", str(path)]) == 0
+@pytest.fixture(scope="module", params=["v4", "v41"])
+def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gpu") / f"{request.param}.dsv4"
+    assert cli.main(["compile", str(GOLDEN / request.param), "--target", "cuda:sm_90a", "-o", str(path)]) == 0
     return path
 
 
@@ -37,6 +40,22 @@ def test_verify_checks_every_launch_here(artifact: Path, capsys: pytest.CaptureF
     assert found["launches"] > found["kernels"] > 20
     assert cli.main(["verify", str(artifact)]) == 0
     assert "nothing computed" in capsys.readouterr().out
+
+
+def test_the_rehearsal_has_images_and_their_encoder(artifact: Path) -> None:
+    """A session on a device that computes nothing encodes an image and takes its rows; text models refuse."""
+    opened = Artifact.open(artifact)
+    device = DryRunDevice()
+    session = Session(opened, context=64, backend=GpuBackend(opened, device, check=True))
+    picture = np.zeros((60, 80, 3), np.uint8)
+    if artifact.stem == "v4":
+        with pytest.raises(SessionError, match="takes no images"):
+            session.with_images([5], [picture])
+        return
+    ids, images = session.with_images([5, session.image_token, 6], [picture])
+    assert len(images[0]) == ids.count(session.image_token) > 1
+    session.prefill([ids], images=images)
+    assert {"full_attention", "image_span", "merge_images"} <= {name for name, _ in device.launches}
 
 
 def test_without_a_driver_nothing_runs(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,10 +31,11 @@ MACHINE = {"cuda": 190, "hip": 224}
 AMD = {"gfx90a": 0x3F, "gfx942": 0x4C, "gfx950": 0x4F}
 
 
+@pytest.mark.parametrize("checkpoint", ["v4", "v41"])
 @pytest.mark.parametrize("name", ARCHS)
-def test_a_model_compiles(name: str, tmp_path: Path) -> None:
+def test_a_model_compiles(name: str, checkpoint: str, tmp_path: Path) -> None:
     """A real object per kernel; the second time everything comes from the cache."""
-    module, target, cache = lowered(GOLDEN / "v4"), gpu(name), tmp_path / "cache"
+    module, target, cache = lowered(GOLDEN / checkpoint), gpu(name), tmp_path / "cache"
     with ArtifactWriter(tmp_path / "m.dsv4") as writer:
         emit_plan(module, module.store, writer, Arch(name, {}), quiet, cache)  # type: ignore[arg-type]
     artifact = Artifact.open(tmp_path / "m.dsv4")

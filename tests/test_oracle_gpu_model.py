@@ -13,11 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gpu_support import GOLDEN, Interpreter, interpreter, lowered, write_draft
-from support import Arr, assert_close, ints, valid_rows
+from support import Arr, assert_close, ints, normal, valid_rows
 
 from dsv4c.ir.graph import Module
 from dsv4c.ir.meaning import Evaluator
 from dsv4c.passes import parse_pipeline, run_pipeline
+from dsv4c.runtime.images import ImagePlan
+from dsv4c.runtime.images.rows import ImageFeed, no_images
+from dsv4c.runtime.images.tower import tower_indices
 from dsv4c.targets.gpu.ops import PLAN_PIPELINE
 
 pytest.importorskip("triton", reason="Triton is not installed: make oracle")
@@ -25,6 +28,8 @@ pytestmark = pytest.mark.oracle
 
 Call = tuple[Arr, Arr]
 """(tokens [B,T], n_valid [B])."""
+IMAGE = 510
+"""The image token of the golden checkpoint of V4.1."""
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +38,12 @@ def worker() -> Iterator[Interpreter]:
         yield running
 
 
-def run(worker: Interpreter, module: Module, path: Path, calls: list[Call], tolerance: float) -> None:
-    """Every call by the plan and by the evaluator, each with its own states."""
+def run(
+    worker: Interpreter, module: Module, path: Path, calls: list[Call], tolerance: float,
+    images: ImageFeed | None = None,
+) -> None:  # fmt: skip
+    """Every call by the plan and by the evaluator, each with its own states; `images` are those of all calls.
+    """
     artifact = write_draft(module, module.store, path)
     evaluator = Evaluator(module, precision=np.float32)
     wanted = evaluator.fresh_state(B=len(calls[0][1]), ctx=64)
@@ -43,6 +52,9 @@ def run(worker: Interpreter, module: Module, path: Path, calls: list[Call], tole
     for tokens, n_valid in calls:
         rows = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1))
         given.append({"tokens": tokens.astype(np.int32), "n_valid": n_valid, "rows": rows})
+        if "images" in module.inputs:
+            taken = images.take(tokens, n_valid) if images else no_images(len(tokens), 128)
+            given[-1] |= {"images": taken.rows, "n_images": taken.counts}
     for inputs in given:
         ((outputs, state),) = worker.run(artifact, [(inputs, state)])
         step = evaluator(inputs, wanted)
@@ -91,3 +103,77 @@ def test_numbers_in_bf16(worker: Interpreter, tmp_path: Path) -> None:
     module.level = Level.TARGET
     rng = np.random.default_rng(2)
     run(worker, module, tmp_path / "m.dsv4", [(tokens(rng, 1, 2), ints(2))], 4e-3)
+
+
+# ------------------------------------------------------------------------------------------- V4.1
+
+
+@pytest.fixture(scope="module")
+def v41() -> Module:
+    return lowered(GOLDEN / "v41")
+
+
+def prompt(name: str) -> tuple[Arr, Arr]:
+    """The ids [T] of a golden prompt, and the rows of its image tokens."""
+    with np.load(GOLDEN / name / "golden.npz") as file:
+        ids = file["input_ids"].astype(np.int32)
+        return ids, np.asarray(file["embeddings"][ids == IMAGE], np.float32)
+
+
+def cut(ids: Arr, sizes: list[int]) -> list[Call]:
+    ends = np.cumsum(sizes)
+    return [(ids[None, end - n : end], ints(n)) for n, end in zip(sizes, ends, strict=True)]
+
+
+def test_a_text_of_v41(worker: Interpreter, v41: Module, tmp_path: Path) -> None:
+    """Latents of one and of two tokens, candidate blocks that leave entries out, n-grams across calls."""
+    ids, rows = prompt("v41_text")
+    assert not len(rows)
+    run(worker, v41, tmp_path / "m.dsv4", cut(ids, [23, 1, 2]), 2e-5)
+
+
+def test_an_image_of_v41(worker: Interpreter, v41: Module, tmp_path: Path) -> None:
+    """A call ends inside the image, whose rows stand for its tokens and which other experts serve."""
+    ids, rows = prompt("v41")
+    first, last = np.flatnonzero(ids == IMAGE)[[0, -1]]
+    sizes = [int(first) + 2, int(last - first), 1]
+    feed = ImageFeed([rows], ids[None], np.array([len(ids)]), IMAGE, rows.shape[1])
+    assert first > 0 and last - first > 3 and sum(sizes) <= len(ids)
+    run(worker, v41, tmp_path / "m.dsv4", cut(ids, sizes), 2e-5, feed)
+
+
+def test_sequences_of_v41_with_an_image_and_a_text(worker: Interpreter, v41: Module, tmp_path: Path) -> None:
+    """Side by side, of different lengths; ratio 2 leaves a token of one sequence open."""
+    (ids, rows), (text, _) = prompt("v41"), prompt("v41_text")
+    at = int(np.flatnonzero(ids == IMAGE)[0]) - 1
+    both = np.stack([ids[at : at + 9], text[:9]])
+    n_valid = ints(9, 4)
+    count = int((both[0] == IMAGE).sum())
+    feed = ImageFeed([rows[:count], rows[:0]], both, n_valid, IMAGE, rows.shape[1])
+    more = np.stack([text[:2], text[4:6]])
+    run(worker, v41, tmp_path / "m.dsv4", [(both, n_valid), (more, ints(0, 2))], 2e-5, feed)
+
+
+def test_the_image_encoder_of_v41(worker: Interpreter, v41: Module, tmp_path: Path) -> None:
+    """Patches to the rows of a span, of a grid that fills no cell; then one of another size."""
+    artifact, rng = write_draft(v41, v41.store, tmp_path / "m.dsv4"), np.random.default_rng(4)
+    part = v41.parts["vision"]
+    evaluator = Evaluator(part, v41.store, np.float32)
+    calls = []
+    for down, across in ((4, 5), (2, 3)):
+        plan = ImagePlan(0, 0, down, across, -(-down // 3), -(-across // 3))
+        arrays = [normal(rng, 1, down * across, 588), *tower_indices(plan, 3)]
+        calls.append((dict(zip(part.inputs, arrays, strict=True)), {}))
+    for (inputs, _), (found, _) in zip(calls, worker.run(artifact, calls, "vision"), strict=True):
+        want = evaluator(inputs, {}).outputs
+        assert set(found) == set(want)
+        for name, value in want.items():
+            assert_close(name, found[name], value, 2e-5)
+
+
+def test_v41_in_bf16(worker: Interpreter, tmp_path: Path) -> None:
+    from dsv4c import api
+
+    text = PLAN_PIPELINE.replace(",merge_projections", ',quantise_activations{rule="bf16"},merge_projections')
+    module = api.lower(api.load_checkpoint(GOLDEN / "v41"), "cuda:sm_90a", "plan", text).module
+    run(worker, module, tmp_path / "m.dsv4", cut(prompt("v41_text")[0], [3]), 4e-3)

@@ -318,11 +318,12 @@ def test_every_target_has_its_tools() -> None:
 
 
 def test_a_format_that_lacks_an_op_names_one_that_has_it() -> None:
-    """V4.1 has no launch plan, and a form in ONNX."""
+    """Convolutions of Engram have kernels and no nodes of fixed shapes; tables on disk have neither."""
     for target in (TARGETS["cuda"], TARGETS["rocm"]):
-        assert "merge_images" not in target.legal("plan")
-        assert target.elsewhere("merge_images") == "--format onnx takes it"
-        assert target.elsewhere("no such op") == ""
+        assert "short_conv" not in target.legal("onnx")
+        assert target.elsewhere("short_conv") == "--format plan takes it"
+        assert target.elsewhere("engram_fetch") == target.elsewhere("no such op") == ""
+        assert target.elsewhere("engram_fetch", target.format("plan")).startswith("leave out layout_engram")
 
 
 def fused(name: str, loc: str) -> Module:

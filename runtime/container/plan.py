@@ -47,6 +47,7 @@ class Buffer:
         shape: sizes; `elements` is their product.
         slot: for temporaries, the place in the arena that it shares with others; else -1.
         first, last: for temporaries, the launches between which it holds something; else -1.
+        part: for inputs, the program of the artifact that takes it; "" is the step.
     """
 
     name: str
@@ -56,12 +57,15 @@ class Buffer:
     slot: int = -1
     first: int = -1
     last: int = -1
+    part: str = ""
 
     def __post_init__(self) -> None:
         one_of("kind", self.kind, KINDS, self.name)
         one_of("dtype", self.dtype, ITEM_BYTES, self.name)
         if (self.kind == "temporary") != (self.slot >= 0 and 0 <= self.first <= self.last):
             raise ArtifactError("temporaries, and they alone, have a slot and a life", where=self.name)
+        if self.part and self.kind != "input":
+            raise ArtifactError(f"{self.kind}s belong to no part", where=self.name)
 
     @property
     def elements(self) -> str:
@@ -183,6 +187,7 @@ class Program:
         temporaries: buffers of this program alone.
         slots: bytes of every slot of the arena, as sizes.
         outputs: name of a result -> the buffer that holds it at the end.
+        part: what it is a program of: "" is the step, other names are `Artifact.meta["parts"]`.
     """
 
     name: str
@@ -192,6 +197,7 @@ class Program:
     slots: tuple[str, ...]
     launches: tuple[Launch, ...]
     outputs: dict[str, str]
+    part: str = ""
 
     def __post_init__(self) -> None:
         symbols(self.rows)
@@ -205,6 +211,8 @@ class Program:
 @dataclass(frozen=True)
 class Plan:
     """The whole: `buffers` are inputs, states and weights, each in the order of their declaration.
+
+    Programs of the step come first, then those of every other part; weights belong to all of them.
 
     Attributes:
         arch: what the kernels were compiled for, as the target calls it.
@@ -231,17 +239,30 @@ class Plan:
                 hint="compile it with the dsv4c that runs it",
             )  # fmt: skip
         one_of("vendor", self.vendor, VENDORS, self.arch)
-        if not self.programs or self.programs[-1].most:
-            raise ArtifactError("the last program must be for any size", where=self.arch)
+        for part in ("", *self.parts):
+            found = [p.most for p in self.programs if p.part == part]
+            if not found or found[-1]:
+                where = f"{self.arch}, {part}" if part else self.arch
+                raise ArtifactError("the last program must be for any size", where=where)
         for program in self.programs:
             _check_names(self, program)
 
     def of_kind(self, kind: str) -> tuple[Buffer, ...]:
         return tuple(b for b in self.buffers if b.kind == kind)
 
-    def program(self, sizes: dict[str, int]) -> Program:
-        """The first program that is meant for these sizes."""
-        return next(p for p in self.programs if not p.most or size(p.rows, sizes) <= p.most)
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of all parts but the step."""
+        return tuple(dict.fromkeys(p.part for p in self.programs if p.part))
+
+    def inputs(self, part: str = "") -> tuple[Buffer, ...]:
+        """What a part takes, in order."""
+        return tuple(b for b in self.of_kind("input") if b.part == part)
+
+    def program(self, sizes: dict[str, int], part: str = "") -> Program:
+        """The first program of a part that is meant for these sizes."""
+        programs = (p for p in self.programs if p.part == part)
+        return next(p for p in programs if not p.most or size(p.rows, sizes) <= p.most)
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -265,10 +286,10 @@ def one_of(what: str, value: str, allowed: typing.Iterable[str], where: str) -> 
 
 def _check_names(plan: Plan, program: Program) -> None:
     """ArtifactError unless launches name kernels and buffers that exist, and pass what they take."""
-    names = [b.name for b in (*plan.buffers, *program.temporaries)]
-    known = {b.name: b for b in (*plan.buffers, *program.temporaries)}
-    if len(known) != len(names):
+    buffers = (*plan.buffers, *program.temporaries)
+    if len({b.name for b in buffers}) != len(buffers):
         raise ArtifactError("two buffers share a name", where=program.name)
+    known = {b.name: b for b in buffers if b.kind != "input" or b.part == program.part}
     for index, launch in enumerate(program.launches):
         where = f"{program.name}, launch {index} for {launch.op}"
         if not 0 <= launch.kernel < len(plan.kernels):

@@ -85,7 +85,8 @@ def plan_report(plan: Plan, module: Module, found: Draft, device: Device | None)
         } for k in plan.kernels
     ]  # fmt: skip
     names = [[plan.kernels[launch.kernel].name for launch in p.launches] for p in plan.programs]
-    calls = [calls_meta(module, ops, given) for ops, given in zip(found.callers, names, strict=True)]
+    modules = [module.parts[p.part] if p.part else module for p in plan.programs]
+    calls = [calls_meta(*given) for given in zip(modules, found.callers, names, strict=True)]
     programs = [
         {
             "name": p.name, "launches": len(p.launches), "temporaries": len(p.temporaries),

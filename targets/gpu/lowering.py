@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from dsv4c.errors import TargetError
 from dsv4c.ir.graph import Op, Value
@@ -10,6 +11,7 @@ from dsv4c.ir.graph import Op, Value
 from .context import Context, Given, Ref, blocks, ints, power, width
 from .lowering_attention import ATTENTION_LOWERINGS
 from .lowering_engram import ENGRAM_LOWERINGS
+from .lowering_images import IMAGE_LOWERINGS
 from .lowering_products import PRODUCT_LOWERINGS
 
 Lowering = Callable[[Context, Op], None]
@@ -68,6 +70,10 @@ def clamp(c: Context, op: Op) -> None:
     _unary(c, op, 2, low=_float(op, "low"), high=_float(op, "high"))
 
 
+def gelu(c: Context, op: Op) -> None:
+    _unary(c, op, 4)
+
+
 def round_values(c: Context, op: Op) -> None:
     """Nothing where every reader rounds its factors the same way itself."""
     if op.attrs["rule"] != "bf16":
@@ -85,8 +91,8 @@ def _rounds(user: Op, index: int) -> bool:
     return index == 0 and (user.attrs.get("inputs") == "bf16" or user.attrs.get("rounding") == "bf16_rows")
 
 
-def _binary(c: Context, op: Op, kind: int, limit: float = 0.0) -> None:
-    x, z = (c.values[v] for v in op.operands)
+def _binary(c: Context, op: Op, kind: int, limit: float = 0.0, z: Ref | None = None) -> None:
+    x, z = c.values[op.operands[0]], z or c.values[op.operands[1]]
     n = width(op.result)
     tile, count = _columns(n)
     rows = c.rows(op.result)
@@ -98,6 +104,11 @@ def _binary(c: Context, op: Op, kind: int, limit: float = 0.0) -> None:
 
 def add(c: Context, op: Op) -> None:
     _binary(c, op, 0)
+
+
+def add_bias(c: Context, op: Op) -> None:
+    """The same row is added to every one."""
+    _binary(c, op, 0, z=replace(c.weight(op.operands[1]), stride=0))
 
 
 def swiglu(c: Context, op: Op) -> None:
@@ -149,7 +160,7 @@ def heads_of(value: Value) -> tuple[int, int]:
 def _norm(c: Context, op: Op, weight_: Ref | None) -> None:
     x, (heads, d) = c.values[op.operands[0]], heads_of(op.result)
     rows = c.rows(op.result)
-    constants = {"HEADS": heads, "D": d, "WEIGHTED": int(weight_ is not None), "BD": power(d, 32)}
+    constants = {"HEADS": heads, "D": d, "WEIGHTS": int(weight_ is not None), "BD": power(d, 32)}
     c.launch(
         "norm", (rows, heads), constants, warps=_warps(power(d)), x=x, weight=weight_ or c.unused,
         y=c.result(op.result), M=rows, XS=x.stride, eps=_float(op, "eps"),
@@ -245,14 +256,17 @@ def position_bias(c: Context, op: Op) -> None:
 
 
 def route_topk(c: Context, op: Op) -> None:
-    if len(op.operands) > 2:
-        raise TargetError("experts of image tokens have no kernel here", where=c.where, allowed="text models")
-    scores, bias = op.operands
+    scores, bias, *images = op.operands
     experts, rows = ints(scores)[0], c.rows(scores)
-    constants = {"E": experts, "TOPK": _int(op, "k"), "BE": power(experts, 32)}
+    constants = {
+        "E": experts, "TOPK": _int(op, "k"), "IMAGES": int(bool(images)), "BE": power(experts, 32),
+    }  # fmt: skip
+    tokens, of_images = images or (None, None)
     c.launch(
         "route_topk", (rows,), constants, warps=_warps(power(experts)), scores=c.values[scores],
-        bias=c.weight(bias), ids=c.result(op.result), M=rows, XS=c.values[scores].stride,
+        bias=c.weight(bias), tokens=c.values[tokens] if tokens is not None else c.unused_ids,
+        image_bias=c.weight(of_images) if of_images is not None else c.unused, ids=c.result(op.result),
+        M=rows, XS=c.values[scores].stride, image_token=_int(op, "image_token") if images else 0,
     )  # fmt: skip
 
 
@@ -301,11 +315,12 @@ def _float(op: Op, name: str) -> float:
 LOWERINGS: dict[str, Lowering] = {
     "weight": weight, "split_heads": view, "merge_heads": view, "split_columns": split_columns,
     "scale": scale, "sqrt_softplus": sqrt_softplus, "clamp": clamp, "round_values": round_values, "add": add,
-    "swiglu": swiglu, "clamped_swiglu": clamped_swiglu, "repeat_streams": repeat_streams,
+    "add_bias": add_bias, "gelu": gelu, "swiglu": swiglu, "clamped_swiglu": clamped_swiglu,
+    "repeat_streams": repeat_streams,
     "gather_rows": gather_rows, "rms_norm": rms_norm, "unit_norm": unit_norm, "norm_rotary": norm_rotary,
     "rotary": rotary, "rope_angles": rope_angles, "positions": positions, "entry_positions": entry_positions,
     "advance": advance, "ring_write": ring_write, "position_bias": position_bias, "route_topk": route_topk,
     "route_hash": route_hash, "route_weights": route_weights, "add_route": add_route,
-    **PRODUCT_LOWERINGS, **ATTENTION_LOWERINGS, **ENGRAM_LOWERINGS,
+    **PRODUCT_LOWERINGS, **ATTENTION_LOWERINGS, **ENGRAM_LOWERINGS, **IMAGE_LOWERINGS,
 }  # fmt: skip
 """Every op this emitter takes."""

@@ -91,8 +91,35 @@ def engram_gate(c: Context, op: Op) -> None:
     )  # fmt: skip
 
 
+def stream_norm(c: Context, op: Op) -> None:
+    """The kernel of `rms_norm`, with a weight for every stream."""
+    x, weight = op.operands
+    (n, d), rows, eps = ints(x), c.rows(x), op.attrs["eps"]
+    assert isinstance(eps, int | float)
+    c.launch(
+        "norm", (rows, n), {"HEADS": n, "D": d, "WEIGHTS": n, "BD": power(d, 32)},
+        warps=max(1, min(8, power(d) // 256)), x=c.values[x], weight=c.weight(weight), y=c.result(op.result),
+        M=rows, XS=c.values[x].stride, eps=float(eps),
+    )  # fmt: skip
+
+
+def short_conv(c: Context, op: Op) -> None:
+    rows, ring, weight, pos, n_valid = op.operands
+    (slots, n), (_, taps), dilation = ints(ring), ints(weight), op.attrs["dilation"]
+    assert isinstance(dilation, int)
+    b, t = (c.dim(s) for s in rows.type.shape[:2])
+    tile = min(power(n, 32), 1024)
+    constants = {"N": n, "TAPS": taps, "DILATION": dilation, "RING": slots, "BN": tile}
+    c.launch(
+        "short_conv", (c.rows(rows), blocks(n, tile)), constants, rows=c.values[rows], ring=c.values[ring],
+        weight=c.weight(weight), pos=c.values[pos], n_valid=c.values[n_valid], y=c.result(op.result), B=b,
+        T=t, XS=c.values[rows].stride,
+    )  # fmt: skip
+
+
 ENGRAM_LOWERINGS: dict[str, Callable[[Context, Op], None]] = {
     "compress_tokens": compress_tokens, "ngram_rows": ngram_rows, "ngram_history": ngram_history,
-    "engram_rows": engram_rows, "engram_gate": engram_gate,
+    "engram_rows": engram_rows, "engram_gate": engram_gate, "stream_norm": stream_norm,
+    "short_conv": short_conv,
 }  # fmt: skip
 """What this file adds to the emitter."""

@@ -18,6 +18,8 @@ PLAN_OPS = frozenset({
     "position_bias", "entries_close", "index_select", "attention", "hc_mix", "hc_collapse", "hc_expand",
     "hc_head_mix", "sqrt_softplus", "route_topk", "route_hash", "route_weights", "add_route", "expert_mlp",
     "round_values", "compress_tokens", "ngram_rows", "ngram_history", "engram_rows", "engram_gate",
+    "stream_norm", "short_conv", "compress", "entries_append", "index_candidates", "merge_images",
+    "add_bias", "gelu", "grid_angles", "gather_cells", "image_span", "full_attention",
 })  # fmt: skip
 """Every op that `emit_plan` takes."""
 
@@ -28,6 +30,12 @@ PLAN_ROUNDINGS = frozenset({"none", "bf16", "bf16_rows"})
 """How they may round; see `Format.roundings`."""
 
 
+_TABLES = "leave out layout_engram: a plan holds tables in device memory; --target cpu reads them from disk"
+
+PLAN_HINTS = {"engram_prefetch": _TABLES, "engram_fetch": _TABLES}
+"""What to do about ops that have no kernel here, and will have none."""
+
+
 def _load() -> Emitter:
     from .emit import emit_plan
 
@@ -36,6 +44,6 @@ def _load() -> Emitter:
 
 PLAN = Format(
     "plan", PLAN_PIPELINE, {"triton": "triton"}, _load, PLAN_OPS, roundings=PLAN_ROUNDINGS,
-    numerics=PLAN_NUMERICS,
+    numerics=PLAN_NUMERICS, emits_parts=True, hints=PLAN_HINTS,
 )  # fmt: skip
 """The format of both vendors: machine code and a launch plan."""

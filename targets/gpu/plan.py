@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv4c.errors import TargetError, unknown
 from dsv4c.ir.dims import Dim
@@ -33,10 +33,10 @@ class Draft:
 
 
 def draft(module: Module, gpu: Gpu) -> Draft:
-    """The launch plan of a module: one program for few rows, one for any number.
+    """The launch plan of a module: one program for few rows, one for any number, and one for every part.
 
     Raises:
-        TargetError: an op, or a form of it, has no kernel.
+        TargetError: an op, or a form of it, has no kernel; or a part has states.
     """
     kernels, weights = Kernels(), dict[str, Stored]()
     made = [_program(module, gpu, kernels, weights, few) for few in (True, False)]
@@ -44,6 +44,17 @@ def draft(module: Module, gpu: Gpu) -> Draft:
     buffers = [
         *(_buffer(name, "input", v, bound) for name, v in module.inputs.items()),
         *(_buffer(name, "state", v, bound) for name, v in module.states.items()),
+    ]  # fmt: skip
+    for name, part in module.parts.items():
+        if part.states:
+            raise TargetError(
+                f"part {name} has states", where=module.name, allowed="parts without, such as vision",
+                hint="leave out the pass that makes it" + ": allow_replay" * (name == "encoder"),
+            )  # fmt: skip
+        made.append(_program(part, gpu, kernels, weights, False, name))
+        inputs = (_buffer(_name(name, n), "input", v, _bound(part)) for n, v in part.inputs.items())
+        buffers += [replace(b, part=name) for b in inputs]
+    buffers += [
         *(_weight(name, expr) for name, expr in weights.items()),
         Buffer(UNUSED, "weight", "f32", ("1",)),
     ]  # fmt: skip
@@ -54,13 +65,18 @@ def draft(module: Module, gpu: Gpu) -> Draft:
     return Draft(plan, weights, tuple(tuple(callers) for _, callers in made))
 
 
+def _name(part: str, name: str) -> str:
+    """How a buffer of a part is called in the plan."""
+    return f"{part}.{name}" if part else name
+
+
 def _program(
-    module: Module, gpu: Gpu, kernels: Kernels, weights: dict[str, Stored], few: bool
+    module: Module, gpu: Gpu, kernels: Kernels, weights: dict[str, Stored], few: bool, part: str = ""
 ) -> tuple[Program, list[Op]]:
     exact = not any(op.attrs.get("inputs") == "bf16" for op in module.ops)
     c = Context(gpu, few, exact, _bound(module), kernels, weights)
     for name, value in module.arguments().items():
-        c.values[value] = Ref(name, 0, _stride(value))
+        c.values[value] = Ref(_name(part, name), 0, _stride(value))
     for op in module.ops:
         if op.name not in LOWERINGS:
             raise TargetError(str(unknown("op", op.name, LOWERINGS, TargetError)), where=op.loc)
@@ -76,8 +92,8 @@ def _program(
     rows, most = ("B*T", FEW_ROWS) if few else ("1", 0)
     if few and not {"B", "T"} <= _bound(module):
         rows = "1"
-    name = "few" if few else "many"
-    return Program(name, rows, most, placed, slots, tuple(c.launches), kept), c.callers
+    name = part or ("few" if few else "many")
+    return Program(name, rows, most, placed, slots, tuple(c.launches), kept, part), c.callers
 
 
 def _stride(value: Value) -> int:

@@ -26,10 +26,11 @@ def rates_of(device: Device) -> Rates:
 
 
 def step_sizes(plan: Plan, batch: int, tokens: int, past: int, context: int) -> dict[str, int]:
-    """Every symbol of a plan's arguments, capacities such as `ctx_4` among them, with `past`."""
-    names = {n for b in plan.buffers for text in b.shape for n in symbols(text)}
+    """Every symbol of a step's arguments, capacities such as `ctx_4` among them, with `past`; no images."""
+    names = {n for b in plan.buffers if not b.part for text in b.shape for n in symbols(text)}
     capacities = {n: context // int(n.removeprefix("ctx_")) for n in names if n.startswith("ctx_")}
-    return {"B": batch, "T": tokens, "L": 1, "ctx": context, "past": past, **capacities}
+    given = {"B": batch, "T": tokens, "L": 1, "ctx": context, "past": past}
+    return {**dict.fromkeys(names, 0), **given, **capacities}
 
 
 def roofline(plan: Plan, calls: Sequence[Any], device: Device) -> Facts:

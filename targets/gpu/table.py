@@ -114,13 +114,27 @@ SOURCES = (
         weights: *fp32 r (B*T-1)*WS+H
         keys: *fp32 r B*C*D
         pos n_valid: *i32 r B
-        scores: *fp32 w B*T*C
-        B T QS WS C: i32""", hot=True, matrix=True),
-    Source("index_topk", "select", """
+        blocks: *i32 r B*T*COUNT
+        scores: *fp32 w B*T*W
+        B T QS WS C W: i32""", hot=True, matrix=True),
+    Source("block_tops", "select", """
         scores: *fp32 r B*T*C
         pos n_valid: *i32 r B
+        tops: *fp32 w B*T*N
+        B T C N: i32""", hot=True),
+    Source("index_topk", "select", """
+        scores: *fp32 r B*T*W
+        pos n_valid: *i32 r B
+        blocks: *i32 r B*T*COUNT
         out: *i32 w B*T*TOPK
-        B T C: i32""", hot=True),
+        B T W: i32""", hot=True),
+    Source("compress", "compressor", """
+        kv: *fp32 r (B*T-1)*KS+(1+OVERLAP)*WIDTH
+        gate: *fp32 r (B*T-1)*GS+(1+OVERLAP)*WIDTH
+        kv_ring gate_ring: *fp32 r B*(1+OVERLAP)*RATIO*(1+OVERLAP)*WIDTH
+        pos n_valid: *i32 r B
+        out: *fp32 w B*G*WIDTH
+        B T G KS GS: i32""", hot=True),
     Source("entries_close", "compressor", """
         entries: *fp32 rw B*C*WIDTH
         kv: *fp32 r (B*T-1)*KS+(1+OVERLAP)*WIDTH
@@ -165,7 +179,7 @@ SOURCES = (
         M: i32""", hot=True),
     Source("norm", "rowwise", """
         x: *fp32 r (M-1)*XS+HEADS*D
-        weight: *fp32 r WEIGHTED*D
+        weight: *fp32 r WEIGHTS*D
         y: *fp32 w M*HEADS*D
         M XS: i32
         eps: fp32""", hot=True),
@@ -218,6 +232,11 @@ SOURCES = (
         rows: *fp32 r (B*T-1)*XS+D
         pos n_valid: *i32 r B
         B T XS: i32"""),
+    Source("entries_append", "state", """
+        entries: *fp32 rw B*C*D
+        rows: *fp32 r (B*G-1)*XS+D
+        pos n_valid: *i32 r B
+        B G C XS: i32"""),
     Source("position_bias", "state", """
         x: *fp32 r (B*T-1)*XS+N
         bias: *fp32 r PERIOD*N
@@ -227,8 +246,10 @@ SOURCES = (
     Source("route_topk", "router", """
         scores: *fp32 r (M-1)*XS+E
         bias: *fp32 r E
+        tokens: *i32 r IMAGES*M
+        image_bias: *fp32 r IMAGES*E
         ids: *i32 w M*TOPK
-        M XS: i32"""),
+        M XS image_token: i32"""),
     Source("route_hash", "router", """
         tokens: *i32 r M
         table: *i32 r V*TOPK
@@ -277,6 +298,38 @@ SOURCES = (
         out: *fp32 w M*N*D
         M KS: i32
         eps floor: fp32""", hot=True),
+    Source("short_conv", "engram", """
+        rows: *fp32 r (B*T-1)*XS+N
+        ring: *fp32 r B*RING*N
+        weight: *fp32 r N*TAPS
+        pos n_valid: *i32 r B
+        y: *fp32 w B*T*N
+        B T XS: i32""", hot=True),
+    Source("merge_images", "images", """
+        x: *fp32 r (B*T-1)*XS+D
+        tokens: *i32 r B*T
+        images: *fp32 r B*R*D
+        n_images: *i32 r B
+        y: *fp32 w B*T*D
+        B T R XS image_token: i32"""),
+    Source("gather_cells", "images", """
+        x: *fp32 r (B*N-1)*XS+D
+        cells: *i32 r B*M*CELL
+        y: *fp32 w B*M*D*CELL
+        B N M XS: i32"""),
+    Source("image_span", "images", """
+        rows: *fp32 r (B*M-1)*XS+D
+        layout: *i32 r B*S
+        start newline end: *fp32 r D
+        y: *fp32 w B*S*D
+        B M S XS: i32"""),
+    Source("full_attention", "images", """
+        q: *fp32 r (B*N-1)*QS+H*D
+        k: *fp32 r (B*N-1)*KS+H*D
+        v: *fp32 r (B*N-1)*VS+H*D
+        out: *fp32 w B*N*H*D
+        B N QS KS VS: i32
+        scale: fp32""", hot=True, matrix=True),
 )  # fmt: skip
 _BY_NAME = {s.name: s for s in SOURCES}
 

@@ -37,6 +37,7 @@ class Shape:
 _SAME = {
     "index_topk": Shape(Tiles(0, 2048, 0, 8, 1), Tiles(0, 1024, 0, 8, 1)),
     "hc_project": Shape(Tiles(16, 32, 64, 4, 2), Tiles(16, 32, 64, 4, 2)),
+    "full_attention": Shape(Tiles(64, 32, 32, 4, 1), Tiles(64, 32, 32, 4, 1)),
 }
 _TABLE: dict[str, dict[str, Shape]] = {
     "large": {  # sm_80, sm_90a, sm_100a: 163 KiB of shared memory and more

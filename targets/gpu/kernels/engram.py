@@ -1,4 +1,4 @@
-"""Engram: token classes, n-gram row ids, table rows decoded, and the gate (specification of Engram).
+"""Engram: token classes, n-gram row ids, table rows decoded, gate, convolution (specification of Engram).
 
 Knows Triton and nothing of dsv4c. Ids are exact; a negative id is a token without a class.
 """
@@ -137,3 +137,30 @@ def engram_gate(
     if RESIDUAL:
         value = a + value
     tl.store(out + at, value, mask=inside)
+
+
+@triton.jit
+def short_conv(
+    rows, ring, weight, pos, n_valid, y,
+    B, T, XS,
+    N: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, RING: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """y f32 [B,T,N] = silu(sum_i weight[:,i] row[t - DILATION (TAPS - 1 - i)]), i ascending.
+
+    rows f32 [B,T,N] of stride XS; earlier ones lie in ring f32 [B,RING,N] at their positions, and before the
+    start there are zeros. weight f32 [N,TAPS], pos and n_valid int32 [B]; grid (B T, ceil(N/BN)). Padding
+    gives zeros.
+    """
+    bt, n = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
+    b, t = bt // T, bt % T
+    first, real = tl.load(pos + b), t < tl.load(n_valid + b)
+    inside = (n < N) & real
+    total = tl.zeros((BN,), tl.float32)
+    for i in tl.static_range(TAPS):
+        ago = DILATION * (TAPS - 1 - i)
+        fresh, old = t >= ago, (t < ago) & (first + t >= ago)
+        z = tl.load(rows + (bt - ago).to(tl.int64) * XS + n, mask=inside & fresh, other=0.0)
+        slot = b.to(tl.int64) * RING + tl.maximum(first + t - ago, 0) % RING
+        z += tl.load(ring + slot * N + n, mask=inside & old, other=0.0)
+        total += tl.load(weight + n * TAPS + i, mask=inside, other=0.0) * z
+    tl.store(y + bt.to(tl.int64) * N + n, total / (1.0 + tl.exp(-total)), mask=n < N)

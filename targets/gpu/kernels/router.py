@@ -12,15 +12,23 @@ import triton.language as tl
 
 
 @triton.jit
-def route_topk(scores, bias, ids, M, XS, E: tl.constexpr, TOPK: tl.constexpr, BE: tl.constexpr):
+def route_topk(
+    scores, bias, tokens, image_bias, ids,
+    M, XS, image_token,
+    E: tl.constexpr, TOPK: tl.constexpr, IMAGES: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
     """ids int32 [M,TOPK]: experts by scores f32 [M,E] + bias f32 [E], best first, the lower of equal ones
     first.
 
-    grid (M,). Every round takes the best that is left; a bias of -inf keeps its place at the end.
+    With IMAGES image_bias f32 [E] takes the place of bias where tokens int32 [M] are image_token. grid (M,).
+    Every round takes the best that is left; a bias of -inf keeps its place at the end.
     """
     row, e = tl.program_id(0), tl.arange(0, BE)
     s = tl.load(scores + row.to(tl.int64) * XS + e, mask=e < E, other=0.0)
-    s += tl.load(bias + e, mask=e < E, other=0.0)
+    chosen_bias = bias
+    if IMAGES:
+        chosen_bias = tl.where(tl.load(tokens + row) == image_token, image_bias, bias)
+    s += tl.load(chosen_bias + e, mask=e < E, other=0.0)
     bits = s.to(tl.int32, bitcast=True)
     # An order of int32 in which nothing is below -inf but what was taken and what does not exist.
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

@@ -14,15 +14,18 @@ import triton.language as tl
 
 @triton.jit
 def norm(
-    x, weight, y, M, XS, eps, HEADS: tl.constexpr, D: tl.constexpr, WEIGHTED: tl.constexpr, BD: tl.constexpr
+    x, weight, y, M, XS, eps, HEADS: tl.constexpr, D: tl.constexpr, WEIGHTS: tl.constexpr, BD: tl.constexpr
 ):
-    """y f32 [M,HEADS,D] = x / sqrt(mean(x^2) + eps), times weight f32 [D] where WEIGHTED; grid (M, HEADS)."""
+    """y f32 [M,HEADS,D] = x / sqrt(mean(x^2) + eps), times weight f32 [WEIGHTS,D]; grid (M, HEADS).
+
+    WEIGHTS is 0 for none, 1 for one that all heads share, or HEADS.
+    """
     row, head, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BD)
     inside = d < D
     v = tl.load(x + row * XS + head * D + d, mask=inside, other=0.0)
     v = v / tl.sqrt(tl.sum(v * v, 0) / D + eps)
-    if WEIGHTED:
-        v = v * tl.load(weight + d, mask=inside, other=0.0)
+    if WEIGHTS > 0:
+        v = v * tl.load(weight + (head * D if WEIGHTS > 1 else 0) + d, mask=inside, other=0.0)
     tl.store(y + (row * HEADS + head) * D + d, v, mask=inside)
 
 
@@ -80,7 +83,7 @@ def rope_angles(positions, frequencies, cos, sin, M, HALF: tl.constexpr, BD: tl.
 @triton.jit
 def unary(x, y, M, XS, factor, low, high, N: tl.constexpr, KIND: tl.constexpr, BN: tl.constexpr):
     """y f32 [M,N] of rows of x; grid (M, ceil(N/BN)). KIND 0: x times factor; 1: sqrt(log(1 + exp(x))); 2: x
-    clipped to low..high; 3: x rounded to BF16.
+    clipped to low..high; 3: x rounded to BF16; 4: x (1 + erf(x / sqrt 2)) / 2.
     """
     row, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN)
     v = tl.load(x + row * XS + n, mask=n < N, other=0.0)
@@ -94,8 +97,10 @@ def unary(x, y, M, XS, factor, low, high, N: tl.constexpr, KIND: tl.constexpr, B
         v = tl.sqrt(tl.maximum(v, 0.0) + tail)
     elif KIND == 2:
         v = tl.minimum(tl.maximum(v, low), high)
-    else:
+    elif KIND == 3:
         v = v.to(tl.bfloat16).to(tl.float32)
+    else:
+        v = v * ((1.0 + tl.erf(v * 0.7071067811865476)) * 0.5)
     tl.store(y + row * N + n, v, mask=n < N)
 
 

@@ -47,6 +47,22 @@ def ring_write(ring, rows, pos, n_valid, B, T, XS, RING: tl.constexpr, D: tl.con
 
 
 @triton.jit
+def entries_append(
+    entries, rows, pos, n_valid, B, G, C, XS, RATIO: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
+):
+    """entries f32 [B,C,D]: rows f32 [B,G,D] of stride XS that this call closes behind those that are there.
+
+    pos and n_valid int32 [B]; grid (B G, ceil(D/BD)).
+    """
+    bg, d = tl.program_id(0), tl.program_id(1) * BD + tl.arange(0, BD)
+    b, first = bg // G, tl.load(pos + bg // G)
+    j = first // RATIO + bg % G
+    if j < (first + tl.load(n_valid + b)) // RATIO:
+        v = tl.load(rows + bg.to(tl.int64) * XS + d, mask=d < D, other=0.0)
+        tl.store(entries + (b.to(tl.int64) * C + j) * D + d, v, mask=d < D)
+
+
+@triton.jit
 def position_bias(x, bias, pos, y, B, T, XS, PERIOD: tl.constexpr, N: tl.constexpr, BN: tl.constexpr):
     """y f32 [B,T,N] = x + bias[(pos[b] + t) mod PERIOD] of bias f32 [PERIOD,N]; grid (B T, ceil(N/BN))."""
     bt, n = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
