@@ -54,7 +54,8 @@ def main() -> None:
     artifacts = make_artifacts(checkpoint, directory, pairs, options.reuse)
     report: Facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(),
-        "options": vars(options), "compile": artifacts, "programs": [], "ceilings": {},
+        "options": vars(options), "programs": [], "ceilings": {},
+        "compile": {name: {**a, "path": Path(a["path"]).name} for name, a in artifacts.items()},
     }  # fmt: skip
     reference = None
     for group in groups:

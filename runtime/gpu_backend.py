@@ -108,7 +108,7 @@ class GpuBackend:
             self.bring()
         given = {b.name: _as(b, inputs) for b in self.plan.inputs()}
         held = {b.name: _as(b, state) for b in self.plan.of_kind("state")}
-        bound = self._bind("", given | held)
+        bound = self._bind("", self._sizes(given | held), {*given, *held})
         for name, array in (given if self._owner is state else given | held).items():
             self._device.write(self._addresses[name], array)
         self._owner = state
@@ -127,7 +127,7 @@ class GpuBackend:
         taken = self.plan.inputs(part)
         named = {b.name: array for b, array in zip(taken, inputs, strict=True)}
         given = {b.name: _as(b, named) for b in taken}
-        bound = self._bind(part, given)
+        bound = self._bind(part, self._sizes(given), set(given))
         for name, array in given.items():
             self._device.write(self._addresses[name], array)
         self._run(bound)
@@ -166,9 +166,8 @@ class GpuBackend:
                 )  # fmt: skip
         return sizes
 
-    def _bind(self, part: str, arguments: dict[str, npt.NDArray[Any]]) -> _Bound:
-        """A program of a part for the sizes of its arguments."""
-        sizes = self._sizes(arguments)
+    def _bind(self, part: str, sizes: dict[str, int], arguments: set[str]) -> _Bound:
+        """A program of a part at some sizes, with room for its arguments."""
         key = part, tuple(sorted(sizes.items()))
         if key not in self._bound:
             program = self.plan.program(sizes, part)
@@ -178,9 +177,7 @@ class GpuBackend:
             self._bound[key] = self._filled(program, sizes)
         return self._bound[key]
 
-    def _place(
-        self, program: Program, sizes: dict[str, int], arguments: dict[str, npt.NDArray[Any]]
-    ) -> None:
+    def _place(self, program: Program, sizes: dict[str, int], arguments: set[str]) -> None:
         """Room for arguments and temporaries; what has grown moves, and everything bound is void."""
         arena = sum(size(s, sizes) for s in program.slots)
         needs = {b.name: _nbytes(b, sizes) for b in self.plan.buffers if b.name in arguments}

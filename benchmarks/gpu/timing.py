@@ -108,7 +108,8 @@ class TimedBackend(GpuBackend):
         """
         sizes = case.sizes(self.plan)
         program = self.plan.program(sizes)
-        bound = self._bind(sizes)
+        arguments = {b.name for b in (*self.plan.inputs(), *self.plan.of_kind("state"))}
+        bound = self._bind("", sizes, arguments)
         inputs = self._inputs(case, sizes)
         self._fill_states(sizes)
         out = Timed(case, program.name)
