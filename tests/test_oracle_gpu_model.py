@@ -132,6 +132,7 @@ def test_a_text_of_v41(worker: Interpreter, v41: Module, tmp_path: Path) -> None
     run(worker, v41, tmp_path / "m.dsv4", cut(ids, [23, 1, 2]), 2e-5)
 
 
+@pytest.mark.matrix
 def test_an_image_of_v41(worker: Interpreter, v41: Module, tmp_path: Path) -> None:
     """A call ends inside the image, whose rows stand for its tokens and which other experts serve."""
     ids, rows = prompt("v41")
@@ -142,6 +143,7 @@ def test_an_image_of_v41(worker: Interpreter, v41: Module, tmp_path: Path) -> No
     run(worker, v41, tmp_path / "m.dsv4", cut(ids, sizes), 2e-5, feed)
 
 
+@pytest.mark.matrix
 def test_sequences_of_v41_with_an_image_and_a_text(worker: Interpreter, v41: Module, tmp_path: Path) -> None:
     """Side by side, of different lengths; ratio 2 leaves a token of one sequence open."""
     (ids, rows), (text, _) = prompt("v41"), prompt("v41_text")
@@ -171,6 +173,7 @@ def test_the_image_encoder_of_v41(worker: Interpreter, v41: Module, tmp_path: Pa
             assert_close(name, found[name], value, 2e-5)
 
 
+@pytest.mark.matrix
 def test_v41_in_bf16(worker: Interpreter, tmp_path: Path) -> None:
     from dsv4c import api
 
