@@ -24,7 +24,6 @@ PIPELINES = {
     "f32": 'with(narrow_weights{storage="f32"})',
     "bf16": "",
     "int8": everywhere("int8"),
-    "fp8": everywhere("fp8"),
     "published": PUBLISHED,
     "int4": everywhere("int4"),
 }
@@ -67,7 +66,7 @@ class Group:
 GROUPS = (
     Group("F32", ("f32",), "F32", ("float32:eager", "float32:grouped_mm"), 0.02),
     Group("BF16", ("bf16",), "BF16", ("bfloat16:eager", "bfloat16:grouped_mm"), 0.6),
-    Group("8 bits", ("int8", "fp8"), "Q8_0", (), 0.8),
+    Group("8 bits", ("int8",), "Q8_0", (), 0.8),
     Group("FP4 and FP8", ("published",), "MXFP4", (), 1.1),
     Group("4 bits", ("int4",), "Q4_0", (), 1.2),
 )
