@@ -86,3 +86,21 @@ def test_peak_memory_is_weights_and_state(models: Models, tmp_path: Path, form: 
 def test_threads_change_no_bit(models: Models, form: str) -> None:
     one, two = (run(DIGEST, models.artifact("ratio16", form), threads) for threads in (1, 2))
     assert one == two and len(one) == 65
+
+
+def test_no_session_imports_torch(models: Models, tmp_path: Path) -> None:
+    """`tvm_ffi` would, where it is installed; who wants it later still gets it."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
+    code = (
+        "import sys, dsv4c\n"
+        "dsv4c.Session(sys.argv[1], context=8).step([[5]])\n"
+        "assert 'torch' not in sys.modules\n"
+        "try:\n    import torch\n"
+        "except SystemExit as e:\n    print(e)\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(models.artifact("ratio16", "tvm"))],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}, check=False,
+    )  # fmt: skip
+    assert done.stdout == "torch was imported\n", done.stderr

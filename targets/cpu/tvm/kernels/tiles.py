@@ -300,5 +300,5 @@ class _TileProduct:
 
 
 def call(name: str, *args) -> None:
-    """A function of `amx.library`."""
+    """A function that the text of `amx` defines."""
     T.evaluate(T.call_extern("int32", f"dsv4c_amx_{name}", *args))
