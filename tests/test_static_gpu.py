@@ -243,7 +243,7 @@ def test_v41_verifies_block_by_block(models: Models, target: str) -> None:
 
 @pytest.mark.oracle
 def test_a_route_that_all_draws_move_the_same_way_is_known_to_be_open(models: Models) -> None:
-    """Token 3 lies so near to another expert in layer 3 that processors part; all draws of FP16 steps agree."""
+    """Token 3 lies so near to another expert in layer 3 that processors part; all draws of FP16 agree."""
     artifact = Artifact.open(built(models, "v4_r16", "cuda:sm_80", "half"))
     assert artifact.meta["golden"]["undecided"]["block.layers.3"]["rows"] == [3]
     assert not failures(verify(artifact, threads=1))
