@@ -99,6 +99,7 @@ _EXPERTS = {
     "fp16": _expert_of(_to_fp16, _to_fp16),
     "mxfp8": _expert_of(_as_is, lambda x: _round(x, "e4m3", 32)),
     "bf16_rows": _expert_of(_as_is, _to_bf16),
+    "int8_rows": _expert_of(_as_is, lambda x: _round(x, "int8", 32)),
 }
 """What an expert looks like, by the `rounding` of the `expert_mlp` that it becomes."""
 

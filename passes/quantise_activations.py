@@ -45,10 +45,16 @@ class Rule:
 
 
 _INT8 = frozenset({"int8"})
+_INTEGERS = frozenset({"int8", "int4", "int4_g64", "int4_g128", "mxfp4", "nvfp4"})
+"""Schemes whose codes are integers, or halves of them."""
 
 RULES = {
     "int8_token": Rule("int8", 0, _INT8),
     "int8_token_bf16": Rule("int8", 0, _INT8, before="bf16", after="bf16"),
+    "int8": Rule(
+        "int8", 32, _INTEGERS, experts="int8_rows", inputs="int8",
+        ops=frozenset({"linear", "grouped_linear"}), spares=frozenset({"router"}),
+    ),
     "mxfp8": Rule("e4m3", 32, frozenset({"fp8", "fp8_f32", "mxfp8", "mxfp4"}), experts="mxfp8"),
     "fp16": Rule(
         "fp16", 0, frozenset({"fp16"}), after="fp16", experts="fp16",
@@ -65,7 +71,9 @@ RULES = {
 }  # fmt: skip
 """Rule by name. With `int8_token` one scale covers a token's whole input row and one a whole weight row, so a
 product is the int32 dot product of the codes times two scales. `int8_token_bf16` is the same for devices that
-quantise from BF16 and whose product of codes gives BF16. `mxfp8` rounds inputs to E4M3 with a power of two
+quantise from BF16 and whose product of codes gives BF16. `int8` has a scale for every 32 channels of a token,
+so that a block's product is an integer, times two scales; products whose rows another rule has rounded stay
+what they are, so that `bf16` behind it takes what is left. `mxfp8` rounds inputs to E4M3 with a power of two
 for every 32 channels (specification 3.2 with smaller blocks); like the published code it leaves the input of
 the grouped product alone. `fp16` is a product of FP16 numbers whose result is one. `bf16_fp8` rounds inputs
 and results of products with E4M3 and E2M1 matrices to BF16, for nodes that take and give that. `bf16` rounds
@@ -129,7 +137,7 @@ class _Run:
                 self._round_input(op)
             op.attrs["rounding"] = rule.experts
             self.linears += 1
-        elif op.name in rule.ops and _qualifies(op, rule):
+        elif op.name in rule.ops and op.attrs["inputs"] in ("any", rule.inputs) and _qualifies(op, rule):
             source = op.operands[0].producer
             there = _is_rounded(op.operands[0], rule) or _is_rounded_dispatch(source, rule)
             done = there and source not in self.dispatches and _result_is_rounded(op, rule)

@@ -74,7 +74,7 @@ class Format:
     shows_blocks: bool = False
     emits_parts: bool = False
     roundings: frozenset[str] = frozenset(
-        {"none", "bf16", "e4m3", "e2m1", "e2m1_e4m3", "int8", "bf16_rows", "reference"}
+        {"none", "bf16", "e4m3", "e2m1", "e2m1_e4m3", "int8", "bf16_rows", "int8_rows", "reference"}
     )
     numerics: Mapping[str, str] | None = None
     hints: Mapping[str, str] = field(default_factory=dict)

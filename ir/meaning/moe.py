@@ -9,7 +9,7 @@ import numpy as np
 from dsv4c.ir.graph import Op
 
 from .core import Arr, clamped_swiglu, integer, number
-from .quantise import bf16, blocks, e4m3, fp16
+from .quantise import bf16, blocks, e4m3, fp16, int8
 
 
 def sqrt_softplus(op: Op, x: Arr) -> Arr:
@@ -94,6 +94,7 @@ def _roundings(op: Op, inner: int) -> tuple[Callable[[Arr], Arr], Callable[[Arr]
         "e4m3": (bf16, _e4m3_in(integer(op, "block") or inner)),
         "mxfp8": (_exactly, _e4m3_in(32)),
         "bf16_rows": (_exactly, bf16),
+        "int8_rows": (_exactly, lambda x: blocks(int8, x, 32)),
     }
     return known[str(op.attrs["rounding"])]
 

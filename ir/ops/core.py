@@ -26,7 +26,7 @@ def _linear(sig: Signature) -> Types:
     n, k = sig.shape(1, 2)
     x = sig.shape(0)
     sig.equal(x[-1], k, "the input width and the weight's columns")
-    sig.choice("inputs", "any", "bf16")
+    sig.choice("inputs", "any", "bf16", "int8")
     return (f32(*x[:-1], n),)
 
 
@@ -36,7 +36,7 @@ def _grouped_linear(sig: Signature) -> Types:
     groups = sig.int("groups")
     if n % groups or static(sig, h, "head count") * static(sig, d, "head width") != groups * k:
         sig.fail(f"cannot split {h} x {d} channels over {groups} groups of {k} columns")
-    sig.choice("inputs", "any", "bf16")
+    sig.choice("inputs", "any", "bf16", "int8")
     return (f32(b, t, n),)
 
 
@@ -97,7 +97,8 @@ CORE: tuple[OpDef, ...] = (
           doc="The same row in each of `n` residual streams."),
     OpDef("linear", ("x", "w"), _linear, (_INPUTS,), source="3.4",
           doc='x w^T, w [N, K]; FP32 accumulation. inputs = "bf16" says that x holds BF16 numbers, whose'
-              " products may be summed in pairs."),
+              ' products may be summed in pairs; "int8" that it holds codes times scales of round_values by'
+              ' int8 in blocks of 32, whose products with codes of w may be summed as integers.'),
     OpDef("grouped_linear", ("x", "w"), _grouped_linear, (AttrDef("groups", AttrKind.INT), _INPUTS),
           source="4.1 step 6",
           doc="Consecutive heads form groups; group g is multiplied by its own row block of w."),

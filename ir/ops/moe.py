@@ -86,7 +86,7 @@ def _experts(sig: Signature, first: int = 0) -> int:
 
 def _expert_mlp(sig: Signature) -> Types:
     _experts(sig)
-    sig.choice("rounding", "none", "bf16", "fp16", "e4m3", "mxfp8", "bf16_rows")
+    sig.choice("rounding", "none", "bf16", "fp16", "e4m3", "mxfp8", "bf16_rows", "int8_rows")
     if sig.int("block") < 0:
         sig.fail(f"cannot round hidden values in blocks of {sig.int('block')}")
     return (f32(*sig.shape(0)),)
@@ -130,7 +130,8 @@ MOE: tuple[OpDef, ...] = (
               ' with "e4m3" the hidden values also pass round_values of that rule and `block`. "fp16" is'
               ' "bf16" with FP16 in its place; with "mxfp8" only the hidden values are rounded, by e4m3 in'
               ' blocks of 32; "bf16_rows" says that x holds BF16 numbers and rounds the hidden values to'
-              ' BF16, so that products may be summed in pairs.'),
+              ' BF16, so that products may be summed in pairs; "int8_rows" says that x holds codes times'
+              ' scales of round_values by int8 in blocks of 32 and rounds the hidden values so.'),
     OpDef("expert_statistics", ("counts", "x", "ids", "weights", "n_valid", "w13", "w2"), _expert_statistics,
           (AttrDef("limit", AttrKind.FLOAT),), consumes=0, source="REAP, arXiv:2510.13999",
           doc="counts plus, per expert, the tokens that chose it and the sums of their routing weights and of"

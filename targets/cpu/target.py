@@ -6,7 +6,7 @@ import platform
 
 from dsv4c.runtime.cpu import cpu_flags
 from dsv4c.targets.base import Arch, Emitter, Format, Target
-from dsv4c.targets.onnx.ops import BF16, FUSE, OPS, VISION
+from dsv4c.targets.onnx.ops import BF16, FUSE, INT8, OPS, VISION
 
 _V2 = ("cx16", "popcnt", "sse4_1", "sse4_2", "ssse3")
 _V3 = (*_V2, "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
@@ -14,8 +14,9 @@ _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 
 ARCHS = (
     Arch(
-        "x86-64-v4-amx", {"mcpu": "x86-64-v4", "mattr": "+avx512bf16,+avx512vnni,+amx-tile,+amx-bf16"},
-        (*_V4, "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16"),
+        "x86-64-v4-amx",
+        {"mcpu": "x86-64-v4", "mattr": "+avx512bf16,+avx512vnni,+amx-tile,+amx-bf16,+amx-int8"},
+        (*_V4, "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"),
     ),
     Arch(
         "x86-64-v4-bf16", {"mcpu": "x86-64-v4", "mattr": "+avx512bf16,+avx512vnni"},
@@ -104,6 +105,7 @@ CPU = Target(
     numerics={
         "exact": "",
         "bf16": BF16,
+        "int8": INT8,
         "reference": "apply_reference_rounding",
     },
 )

@@ -72,3 +72,9 @@ HALF = (
 
 BF16 = 'default,before(merge_projections, quantise_activations{rule="bf16"})'
 """Numerics, for formats that join projections: what matrices are multiplied by is rounded to BF16."""
+
+INT8 = (
+    'default,before(merge_projections, quantise_activations{rule="int8"}),'
+    'before(merge_projections, quantise_activations{rule="bf16"})'
+)
+"""The same, to INT8 in blocks of 32 where a matrix is stored as integers or FP4, to BF16 elsewhere."""

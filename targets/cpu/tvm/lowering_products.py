@@ -22,6 +22,7 @@ from .context import Context, ints
 from .kernels import dense, rounding, statistics
 from .kernels.packing import Packing, Simd
 from .kernels.product import panel_width
+from .kernels.rows import BLOCK, CodedRow, Rows, coded_rows
 from .kernels.tiles import by_tiles, row_length
 from .lowering_rounding import rounded_expert_mlp, rows_of
 
@@ -46,23 +47,46 @@ def grouped_linear(c: Context, op: Op) -> None:
 def _linear(
     c: Context, op: Op, heads: tuple[int, ...] | None, groups: int, k: int, n: int, parts: matrix.Parts
 ) -> None:
-    (m,) = _taking(pieces_for(c, op), matrix.in_panels(c, op.operands[1], panel_width(n), parts))
-    x = _rows(c, op.operands[0], m.packing)
+    (m,) = _taking(form_for(c, op), matrix.in_panels(c, op.operands[1], panel_width(n), parts))
+    x = _rows(c, op.operands[0], m.packing, groups)
     c.lower(op, dense.grouped_linear, heads, groups, k, n, m.packing, args=[x, *m.args])
 
 
-def pieces_for(c: Context, op: Op) -> int:
-    """In how many BF16 pieces an op takes the rows of its operand 0; 0 is as float32, see `Packing`."""
+@dataclass(frozen=True)
+class _Form:
+    """How a product takes the rows of its operand 0; by default as float32. See `Packing`."""
+
+    pieces: int = 0
+    coded: bool = False
+
+
+def form_for(c: Context, op: Op) -> _Form:
+    """The form that an op, and the machine, ask for."""
     if c.simd not in (Simd.AVX512_BF16, Simd.AMX) or op.name not in _PRODUCTS:
-        return 0
+        return _Form()
     if op.name in ("linear", "grouped_linear"):
-        one, widths, matrices = op.attrs["inputs"] == "bf16", ints(op.operands[1])[1:], op.operands[1:2]
+        said, widths, matrices = op.attrs["inputs"], ints(op.operands[1])[1:], op.operands[1:2]
     else:
         *_, w13, w2 = op.operands
-        one, widths, matrices = op.attrs.get("rounding") == "bf16_rows", ints(w2)[1:], [w13, w2]
+        said = {"bf16_rows": "bf16", "int8_rows": "int8"}.get(str(op.attrs.get("rounding")), "any")
+        widths, matrices = ints(w2)[1:], [w13, w2]
+    if said == "int8":
+        return _Form(coded=_in_blocks(op) and all(map(matrix.has_integers, matrices)))
     if any(n % 2 for n in widths) or not all(map(_narrow, matrices)):
-        return 0
-    return 1 if one else 3 if c.simd is Simd.AMX else 0
+        return _Form()
+    return _Form(1 if said == "bf16" else 3 if c.simd is Simd.AMX else 0)
+
+
+def _in_blocks(op: Op) -> bool:
+    """Whether the rounding in front of a product has a scale for every block of the product's columns."""
+    x, rounding = op.operands[0], op.operands[0].producer
+    if rounding is None or rounding.name != "round_values":
+        return False
+    attrs = rounding.attrs
+    by_rule = (attrs["rule"], attrs["block"], attrs["channels"]) == ("int8", BLOCK, 0)
+    if x.type.rank == 3:
+        return by_rule
+    return by_rule and ints(x)[-1] % BLOCK == 0 and ints(op.operands[1])[1] % BLOCK == 0
 
 
 _PRODUCTS = frozenset({"linear", "grouped_linear", "expert_mlp", "expert_statistics"})
@@ -76,14 +100,23 @@ def _narrow(value: Value) -> bool:
 def round_values(c: Context, op: Op) -> None:
     heads, d = rows_of(op.result)
     rule, channels = op.attrs["rule"], op.attrs["channels"] or d
+    if rule == "int8" and _only_read_as(c, op, _Form(coded=True)):
+        return  # products make their rows of what stands before it
     if rule != "bf16":
         c.lower(op, rounding.round_blocks, heads, d, rule, op.attrs["block"] or channels, channels)
-    elif not op.result.uses or not all(pieces_for(c, user) == 1 and i == 0 for user, i in op.result.uses):
+    elif not _only_read_as(c, op, _Form(1)):
         c.lower(op, rounding.round_bf16, heads, d, channels)
 
 
-def _rows(c: Context, x: Value, packing: Packing) -> Any:
-    """Rows as a product takes them: the value, or its pieces; of a BF16 rounding, what stands before it."""
+def _only_read_as(c: Context, op: Op, form: _Form) -> bool:
+    """Whether all that reads a rounding are products that take its rows in this form."""
+    return bool(op.result.uses) and all(i == 0 and form_for(c, user) == form for user, i in op.result.uses)
+
+
+def _rows(c: Context, x: Value, packing: Packing, groups: int = 1) -> Any:
+    """Rows as a product takes them: the value, its pieces or codes; of a rounding, what stands before it."""
+    if packing.coded:
+        return _coded_rows(c, x, packing, groups)
     if not packing.pieces:
         return c.values[x]
     heads, d = rows_of(x)
@@ -97,6 +130,18 @@ def _rows(c: Context, x: Value, packing: Packing) -> Any:
     return c.memo[key]
 
 
+def _coded_rows(c: Context, x: Value, packing: Packing, groups: int) -> Any:
+    heads, d = rows_of(x)
+    row = CodedRow.of(packing, (heads or 1) * d // groups)
+    key = ("codes", x, row)
+    if key not in c.memo:
+        assert x.producer is not None
+        kernel = c.kernel(coded_rows, heads, d, groups, row)
+        shape = relax.TensorType([c.dim(n) for n in (1, *x.type.shape[:2], groups * row.words)], "uint32")
+        (c.memo[key],) = c.call(kernel, [c.values[x.producer.operands[0]]], shape)
+    return c.memo[key]
+
+
 def _before_rounding(x: Value) -> Value:
     """What is rounded to BF16 to become x, where all of x is."""
     op = x.producer
@@ -105,10 +150,11 @@ def _before_rounding(x: Value) -> Value:
     return op.operands[0]
 
 
-def _taking(pieces: int, *matrices: matrix.Matrix) -> tuple[matrix.Matrix, ...]:
-    """The matrices for rows in so many pieces; for rows of float32, where one of them has no such product."""
-    found = tuple(replace(m, packing=replace(m.packing, pieces=pieces)) for m in matrices)
-    return matrices if pieces > 1 and not all(by_tiles(m.packing) for m in found) else found
+def _taking(form: _Form, *matrices: matrix.Matrix) -> tuple[matrix.Matrix, ...]:
+    """The matrices for rows in this form; for rows of float32, where one of them has no such product."""
+    given = {"pieces": form.pieces, "coded": form.coded}
+    found = tuple(replace(m, packing=replace(m.packing, **given)) for m in matrices)
+    return matrices if form.pieces > 1 and not all(by_tiles(m.packing) for m in found) else found
 
 
 @dataclass(frozen=True)
@@ -133,7 +179,7 @@ class _Routes:
 def _routes(c: Context, op: Op, operands: list[Value]) -> _Routes:
     """First half of the expert MLP; computed once where two ops read the same operands."""
     x, ids, weights, n_valid, w13, w2 = operands
-    rounded = op.attrs.get("rounding") == "bf16_rows"
+    rounded = {"bf16_rows": "bf16", "int8_rows": "int8"}.get(str(op.attrs.get("rounding")), "")
     key = ("routes", *operands, op.attrs["limit"], rounded)
     known: _Routes | None = c.memo.get(key)
     if known is not None:
@@ -147,29 +193,32 @@ def _routes(c: Context, op: Op, operands: list[Value]) -> _Routes:
         relax.TensorType([routes], "int32"), relax.TensorType([experts + 1], "int32"),
     )  # fmt: skip
     first, second = _taking(
-        pieces_for(c, op),
+        form_for(c, op),
         matrix.in_panels(
             c, w13, 2 * dense.PAIR, lambda e: tuple(w.pair_rows(m, dense.PAIR) for m in matrix.entries(e))
         ),
         matrix.in_panels(c, w2, panel_width(k), matrix.entries),
     )
-    rows, pieces = _rows(c, x, first.packing), first.packing.pieces
+    rows, x_rows, h_rows = _rows(c, x, first.packing), Rows(first.packing, k), Rows(second.packing, inner)
     if by_tiles(first.packing):
-        in_order = relax.TensorType([c.dim(pieces), routes, c.dim(row_length(first.packing, k))], "uint16")
+        in_order = relax.TensorType([c.dim(x_rows.planes), routes, c.dim(x_rows.length)], x_rows.dtype)
         kernel = c.kernel(dense.expert_rows, k, topk, first.packing)
         (rows,) = c.call(kernel, [rows, order, starts], in_order)
-    planes, width = [c.dim(pieces)] if pieces else [], row_length(first.packing, inner)
+    planes = [c.dim(h_rows.planes)] if h_rows.stored else []
     (hidden,) = c.call(
-        c.kernel(dense.expert_hidden, experts, k, inner, topk, op.attrs["limit"], first.packing, rounded),
+        c.kernel(
+            dense.expert_hidden, experts, k, inner, topk, op.attrs["limit"], first.packing, second.packing,
+            rounded,
+        ),
         [rows, c.values[weights], order, starts, *first.args],
-        relax.TensorType([*planes, routes, c.dim(width)], "uint16" if pieces else "float32"),
+        relax.TensorType([*planes, routes, c.dim(h_rows.length)], h_rows.dtype),
     )
     c.memo[key] = found = _Routes(order, starts, hidden, second, (experts, k, inner, topk), routes)
     return found
 
 
 def expert_mlp(c: Context, op: Op) -> None:
-    if op.attrs["rounding"] not in ("none", "bf16_rows"):
+    if op.attrs["rounding"] not in ("none", "bf16_rows", "int8_rows"):
         return rounded_expert_mlp(c, op)
     r = _routes(c, op, op.operands)
     c.values[op.result] = r.output(c, r.order, r.shape[-1], c.tensor(op.result.type))

@@ -20,6 +20,8 @@ from dsv4c.ir.weights import WeightExpr
 from .context import Context
 from .kernels.packing import Packing
 
+_INTEGERS = (DType.I8, DType.I4X2, DType.F4E2M1X2)
+
 Parts = Callable[[WeightExpr], tuple[WeightExpr, ...]]
 """[rows, any] or [experts, rows, any] -> the matrices whose panels follow one another."""
 
@@ -48,6 +50,12 @@ def is_packed(value: Value) -> bool:
     """Whether a weight is stored as codes and scales."""
     expr = value.producer.weight if value.producer is not None else None
     return expr is not None and expr.dtype is DType.F32 and packed_form(expr) is not None
+
+
+def has_integers(value: Value) -> bool:
+    """Whether a weight's codes are integers, or halves of them."""
+    held = packed_form(value.producer.weight) if is_packed(value) else None
+    return held is not None and held.scheme.code in _INTEGERS
 
 
 def in_rows(c: Context, value: Value) -> Matrix:

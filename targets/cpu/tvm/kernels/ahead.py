@@ -38,6 +38,10 @@ def load_asking(p: Packing, buffer, word, vec, width: int):
     Nothing need lie there.
     """
     if p.code is not DType.F32:
-        at = (word * width + (vec + LINES) * LANES) * (p.per_word // p.per_byte)
-        T.evaluate(T.call_extern("int32", "dsv4c_ahead", T.address_of(buffer[at])))
+        ask(buffer, (word * width + (vec + LINES) * LANES) * (p.per_word // p.per_byte))
     return p.load(buffer, word, vec, width)
+
+
+def ask(buffer, at) -> None:
+    """Request the line of buffer[at]."""
+    T.evaluate(T.call_extern("int32", "dsv4c_ahead", T.address_of(buffer[at])))

@@ -83,6 +83,69 @@ def _config(pieces: int) -> str:
     return _HEAD.replace("TILES", "\n".join(lines)).replace("PIECES", str(pieces))
 
 
+_CODES = """
+declare void @llvm.x86.ldtilecfg(ptr)
+declare void @llvm.x86.tilerelease()
+declare void @llvm.x86.tilezero(i8)
+declare void @llvm.x86.tileloadd64(i8, ptr, i64)
+declare void @llvm.x86.tilestored64(i8, ptr, i64)
+declare void @llvm.x86.tdpbssd(i8, i8, i8)
+
+define i32 @dsv4c_codes_config_COLUMNS(i32 %high) {
+  %at = alloca [64 x i8], align 64
+  store <64 x i8> zeroinitializer, ptr %at, align 64
+  store i8 1, ptr %at, align 64
+  %rows = trunc i32 %high to i8
+TILES
+  call void @llvm.x86.ldtilecfg(ptr %at)
+  ret i32 0
+}
+
+define i32 @dsv4c_codes_release() {
+  call void @llvm.x86.tilerelease()
+  ret i32 0
+}
+
+define i32 @dsv4c_codes_block_COLUMNSxVECS(ptr %x, i64 %xs, ptr %w, ptr %c, i64 %ws) {
+  call void @llvm.x86.tileloadd64(i8 4, ptr %x, i64 %xs)
+BLOCK
+  ret i32 0
+}
+"""
+
+
+@cache
+def codes_library(columns: int, vecs: int) -> str:
+    """Products of INT8 codes, of up to 16 rows by `columns` columns of 16 `vecs` rows of a matrix.
+
+    config_COLUMNS(rows); release(); block_COLUMNSxVECS(x, x stride, panel, sums, stride): the sums of
+    products as int32; panel and sums have rows of `stride` bytes, those of the panel hold four columns of
+    each row of the matrix.
+    """
+    rows = {tile: "%rows" for tile in range(5)} | {tile: str(columns // 4) for tile in range(5, 8)}
+    config = []
+    for tile, high in rows.items():
+        config += [
+            f"  %c{tile} = getelementptr i8, ptr %at, i64 {16 + 2 * tile}",
+            f"  store i16 {columns if tile == 4 else _ROW}, ptr %c{tile}",
+            f"  %r{tile} = getelementptr i8, ptr %at, i64 {48 + tile}",
+            f"  store i8 {high}, ptr %r{tile}",
+        ]
+    lines = []
+    for v in range(vecs):
+        panel = 5 + v % 3
+        lines += [
+            f"  %w{v} = getelementptr i8, ptr %w, i64 {_ROW * v}",
+            f"  %c{v} = getelementptr i8, ptr %c, i64 {_ROW * v}",
+            f"  call void @llvm.x86.tileloadd64(i8 {panel}, ptr %w{v}, i64 %ws)",
+            f"  call void @llvm.x86.tilezero(i8 {v})",
+            f"  call void @llvm.x86.tdpbssd(i8 {v}, i8 4, i8 {panel})",
+        ]
+    lines += [f"  call void @llvm.x86.tilestored64(i8 {v}, ptr %c{v}, i64 %ws)" for v in range(vecs)]
+    text = _CODES.replace("COLUMNS", str(columns)).replace("VECS", str(vecs))
+    return text.replace("TILES", "\n".join(config)).replace("BLOCK", "\n".join(lines))
+
+
 def _panel_tiles(pieces: int) -> range:
     return range(7, 8) if pieces > 2 else range(6, 8)
 

@@ -11,71 +11,62 @@ from math import prod
 
 from tvm.script import tirx as T
 
-from . import tiles
+from . import coded, tiles
+from .coded import coded_product
 from .dot import dot_product
 from .packing import Packing, number, scale_number
 from .product import CHUNK, panel_product, panel_width
 from .rounding import bf16, store_pieces
-from .tiles import by_tiles, row_length, tile_product
+from .rows import CodedRow, Rows, codes_of, store_codes
+from .tiles import by_tiles, tile_product
 from .vec import LANES, by_vectors, lanes_from, ramp, sigmoid, splat
 
 PAIR = 32
 """Rows of w1 and of w3 in one panel of the experts' first product."""
 
 
-def _products(p: Packing, k: int, width: int):
-    """What multiplies rows by a panel, how many columns an element of its view of X holds, most rows."""
+def _product(p: Packing, k: int, width: int):
+    """What multiplies rows by a panel, and most rows."""
+    if p.coded:
+        return coded_product(p, k, width), coded.CHUNK
     if not p.pieces:
-        return panel_product(p, k, width), 1, CHUNK
+        return panel_product(p, k, width), CHUNK
     if by_tiles(p):
-        return tile_product(p, k, width), 2, tiles.CHUNK
-    return dot_product(p, k, width), 2, CHUNK
-
-
-def _rows_shape(p: Packing, *rows):
-    """Of rows as a product takes them: as they are, or [pieces,...] of rows in one axis, with their gaps."""
-    return (p.pieces, *rows[:-1], row_length(p, rows[-1])) if p.pieces else rows
-
-
-def _rows_dtype(p: Packing) -> str:
-    """BF16 bits where pairs are multiplied."""
-    return "uint16" if p.pieces else "float32"
-
-
-def _view_dtype(p: Packing) -> str:
-    return "uint32" if p.pieces else "float32"
+        return tile_product(p, k, width), tiles.CHUNK
+    return dot_product(p, k, width), CHUNK
 
 
 def grouped_linear(heads: tuple[int, int] | None, groups: int, k: int, n: int, p: Packing):
     """X [B,S,*heads] seen as `groups` rows of k, n output rows a group -> Y [B,S,groups*n] f32.
 
-    X is f32, or the bits of its BF16 pieces [p.pieces,...] where `p.pieces`.
+    X is f32, or rows as `Rows` has them for p: bits of BF16 pieces, or codes.
 
     A plain `linear` is one group of X [B,S,k], heads None. W, S, R are the codes, block scales and row
     scales of groups * ceil(n/width) panels, as `Packing` says.
     """
     width = panel_width(n)
     panels = -(-n // width)
-    product, per, most = _products(p, k, width)
-    planes = p.pieces or 1
+    product, most = _product(p, k, width)
+    rows_of = Rows(p, k, groups)
     codes, scales, rows_ = (
         p.code_shape(groups * panels, k, width), p.scale_shape(groups * panels, k, width),
         p.row_shape(groups * panels, width),
     )  # fmt: skip
-    inner = (groups * k,) if heads is None or p.pieces else heads
-    length = row_length(p, groups * k) // per
+    length = rows_of.words
 
     @T.prim_func(s_tir=True)
     def func(x: T.handle, w: T.handle, s: T.handle, r: T.handle, y: T.handle):
         T.func_attr({"tir.noalias": True})
         B = T.int64()
         S = T.int64()
-        X = T.match_buffer(x, _rows_shape(p, B, S, *inner), _rows_dtype(p))
+        X = T.match_buffer(
+            x, rows_of.shape(B, S) if heads is None or rows_of.stored else (B, S, *heads), rows_of.dtype
+        )
         W = T.match_buffer(w, codes, p.dtype)
         Scale = T.match_buffer(s, scales, p.scale_dtype)
         Row = T.match_buffer(r, rows_, "float32")
         Y = T.match_buffer(y, (B, S, groups * n), "float32")
-        Xf = T.decl_buffer((planes * B * S * length,), _view_dtype(p), data=X.data)
+        Xf = T.decl_buffer((rows_of.planes * B * S * length,), rows_of.view, data=X.data)
         Wf = T.decl_buffer((prod(codes),), p.dtype, data=W.data)
         Sf = T.decl_buffer((prod(scales),), p.scale_dtype, data=Scale.data)
         Rf = T.decl_buffer((prod(rows_),), "float32", data=Row.data)
@@ -86,7 +77,7 @@ def grouped_linear(heads: tuple[int, int] | None, groups: int, k: int, n: int, p
                 rows: T.let[T.int64] = T.min(B * S - chunk * most, T.int64(most))
                 product(
                     out, Xf, Wf, Sf, Rf,
-                    _every(length, chunk * most * length + gp // panels * (k // per)),
+                    _every(length, chunk * most * length + gp // panels * rows_of.group),
                     rows, T.cast(gp, "int64"), B * S * length,
                     T.min(T.cast(gp, "int64") + 1, groups * panels - 1),
                 )  # fmt: skip
@@ -184,23 +175,24 @@ def _routed(Order, first, topk: int, k: int):
 
 
 def expert_hidden(
-    experts: int, k: int, inner: int, topk: int, limit: float, p: Packing, rounded: bool = False
-):
+    experts: int, k: int, inner: int, topk: int, limit: float, p: Packing, second: Packing,
+    rounded: str = "",
+):  # fmt: skip
     """First half of the expert MLP, on routes sorted by expert.
 
     X [B,S,k], where products are by tiles [B*S*topk, k] of `expert_rows`; gates [B,S,topk]; order [B*S*topk]
     i32 (sorted row -> position in the flat routing); starts [experts+1] i32; W, S, R: `experts` times
     ceil(inner/32) panels of 64 rows, 32 of w1, then 32 of w3, of the same channels
-    -> H [B*S*topk, inner] = silu(min(g, L)) clamp(u, -L, L) gate, `rounded` to BF16; the bits of its pieces
-    [p.pieces,...] where `p.pieces`, else f32.
+    -> H [B*S*topk, inner] = silu(min(g, L)) clamp(u, -L, L) gate, as rows for products of `second`; those of
+    float32 are `rounded` to BF16 or, in blocks of 32, to INT8.
     """
     panels, width = -(-inner // PAIR), 2 * PAIR
-    product, per, most = _products(p, k, width)
-    planes = p.pieces or 1
+    product, most = _product(p, k, width)
+    x_rows, h_rows = Rows(p, k), Rows(second, inner)
     codes, scales = p.code_shape(experts * panels, k, width), p.scale_shape(experts * panels, k, width)
     rows_ = p.row_shape(experts * panels, width)
     in_order = by_tiles(p)
-    length, h_length = row_length(p, k) // per, row_length(p, inner)
+    length, h_length = x_rows.words, h_rows.length
 
     def hidden(gate, up, weight):
         gate = T.min(gate, splat(T.float32(limit)))
@@ -209,10 +201,31 @@ def expert_hidden(
 
     def keep(j, lanes, Hid, at, apart, out, start):
         x = out[lanes_from(start + j, lanes)]
-        if p.pieces:
-            store_pieces(Hid, at + j, apart, x, p.pieces)
+        if second.pieces:
+            store_pieces(Hid, at + j, apart, x, second.pieces)
         else:
-            T.buffer_store(Hid, bf16(x) if rounded else x, [lanes_from(at + j, lanes)])
+            T.buffer_store(Hid, bf16(x) if rounded == "bf16" else x, [lanes_from(at + j, lanes)])
+
+    def block(panel, out, start):
+        """A panel's channels, which share a scale; zeros behind the last one."""
+        channel = panel * PAIR + T.ramp(T.int64(0), 1, LANES)
+        for q in range(PAIR // LANES):
+            x = out[ramp(start + q * LANES)]
+            real = channel + q * LANES < T.broadcast(T.int64(inner), LANES)
+            yield T.bind(x if inner % PAIR == 0 else T.Select(real, x, splat(T.float32(0))))
+
+    def keep_row(Hid, row, panel, rows, out, start):
+        """A panel's channels of one of `rows` rows."""
+        if second.coded:
+            numbers = block(panel, out, start)
+            store_codes(Hid, row * h_length, panel * PAIR, *numbers, CodedRow.of(second, inner))
+            return
+        if rounded == "int8":
+            codes, scale = codes_of(*block(panel, out, start))
+            for q, c in enumerate(codes):
+                T.buffer_store(out, T.cast(c, "float32x16") * splat(scale), [ramp(start + q * LANES)])
+        at = T.bind(row * h_length + panel * PAIR)
+        _columns(inner, PAIR, panel, keep, Hid, at, rows * h_length, out, start)
 
     @T.prim_func(s_tir=True)
     def func(
@@ -221,17 +234,17 @@ def expert_hidden(
         T.func_attr({"tir.noalias": True})
         B = T.int64()
         S = T.int64()
-        X = T.match_buffer(x, _rows_shape(p, *((B * S * topk,) if in_order else (B, S)), k), _rows_dtype(p))
+        X = T.match_buffer(x, x_rows.shape(*((B * S * topk,) if in_order else (B, S))), x_rows.dtype)
         G = T.match_buffer(g, (B, S, topk), "float32")
         Order = T.match_buffer(o, (B * S * topk,), "int32")
         Starts = T.match_buffer(s, (experts + 1,), "int32")
         W = T.match_buffer(w, codes, p.dtype)
         Scale = T.match_buffer(c, scales, p.scale_dtype)
         Row = T.match_buffer(r, rows_, "float32")
-        Hid = T.match_buffer(h, _rows_shape(p, B * S * topk, inner), _rows_dtype(p))
-        Hf = T.decl_buffer((planes * B * S * topk * h_length,), _rows_dtype(p), data=Hid.data)
+        Hid = T.match_buffer(h, h_rows.shape(B * S * topk), h_rows.dtype)
+        Hf = T.decl_buffer((h_rows.planes * B * S * topk * h_length,), h_rows.dtype, data=Hid.data)
         each = T.meta_var(B * S * (topk if in_order else 1) * length)
-        Xf = T.decl_buffer((planes * each,), _view_dtype(p), data=X.data)
+        Xf = T.decl_buffer((x_rows.planes * each,), x_rows.view, data=X.data)
         Gf = T.decl_buffer((B * S * topk,), "float32", data=G.data)
         Wf = T.decl_buffer((prod(codes),), p.dtype, data=W.data)
         Sf = T.decl_buffer((prod(scales),), p.scale_dtype, data=Scale.data)
@@ -258,25 +271,26 @@ def expert_hidden(
                                 out[ramp(i * width + PAIR + q * LANES)],
                                 Gf[Order[first + i]],
                             )
-                        h_at: T.let[T.int64] = (first + i) * h_length + pn * PAIR
-                        _columns(inner, PAIR, pn, keep, Hf, h_at, B * S * topk * h_length, out, i * width)
+                        keep_row(Hf, first + i, T.cast(pn, "int64"), B * S * topk, out, i * width)
 
     return func
 
 
 def expert_rows(k: int, topk: int, p: Packing):
-    """X [p.pieces,B,S,k] BF16 bits, order [B*S*topk], starts [experts+1] -> each route's row, in order.
+    """X [planes,B,S,length], order [B*S*topk], starts [experts+1] -> each route's row, in order.
 
-    Rows have the gap of `row_length` behind them.
+    Rows and their length are those of `Rows` for p.
     """
-    length = row_length(p, k)
+    rows = Rows(p, k)
+    planes, length = rows.planes, rows.length
+    used = length if p.coded else k
 
     @T.inline
     def copy(Xf, Yf, Order, i, tokens):
-        for q in T.serial(p.pieces):
+        for q in T.serial(planes):
             x_at: T.let[T.int64] = (q * tokens + T.cast(Order[i] // topk, "int64")) * length
             y_at: T.let[T.int64] = (q * tokens * topk + i) * length
-            by_vectors(k, _move, Yf, y_at, Xf, x_at)
+            by_vectors(used, _move, Yf, y_at, Xf, x_at)
 
     @T.prim_func(s_tir=True)
     def func(x: T.handle, o: T.handle, s: T.handle, y: T.handle):
@@ -284,12 +298,12 @@ def expert_rows(k: int, topk: int, p: Packing):
         B = T.int64()
         S = T.int64()
         E = T.int64()
-        X = T.match_buffer(x, (p.pieces, B, S, length), "uint16")
+        X = T.match_buffer(x, rows.shape(B, S), rows.dtype)
         Order = T.match_buffer(o, (B * S * topk,), "int32")
         Starts = T.match_buffer(s, (E,), "int32")
-        Y = T.match_buffer(y, (p.pieces, B * S * topk, length), "uint16")
-        Xf = T.decl_buffer((p.pieces * B * S * length,), "uint16", data=X.data)
-        Yf = T.decl_buffer((p.pieces * B * S * topk * length,), "uint16", data=Y.data)
+        Y = T.match_buffer(y, rows.shape(B * S * topk), rows.dtype)
+        Xf = T.decl_buffer((planes * B * S * length,), rows.dtype, data=X.data)
+        Yf = T.decl_buffer((planes * B * S * topk * length,), rows.dtype, data=Y.data)
         if B * S == 1:  # waking a second thread would cost more
             for i in T.serial(T.cast(Starts[E - 1], "int64")):
                 copy(Xf, Yf, Order, i, B * S)
@@ -303,13 +317,14 @@ def expert_rows(k: int, topk: int, p: Packing):
 def expert_output(experts: int, k: int, inner: int, topk: int, p: Packing):
     """Second half: H [B*S*topk, inner] by `experts` times ceil(k/width) panels W, S, R into Y [B,S,k].
 
-    H is f32, or the bits of its BF16 pieces [p.pieces,...] where `p.pieces`.
+    H is f32, or rows as `Rows` has them for p.
     A token's experts are added in ascending order. Tokens without a route (padding) get 0.
     """
     width = panel_width(k)
     panels = -(-k // width)
-    product, per, most = _products(p, inner, width)
-    planes, length = p.pieces or 1, row_length(p, inner) // per
+    product, most = _product(p, inner, width)
+    rows_of = Rows(p, inner)
+    length = rows_of.words
     codes, rows_ = p.code_shape(experts * panels, inner, width), p.row_shape(experts * panels, width)
     scales = p.scale_shape(experts * panels, inner, width)
 
@@ -318,14 +333,14 @@ def expert_output(experts: int, k: int, inner: int, topk: int, p: Packing):
         T.func_attr({"tir.noalias": True})
         B = T.int64()
         S = T.int64()
-        Hid = T.match_buffer(h, _rows_shape(p, B * S * topk, inner), _rows_dtype(p))
+        Hid = T.match_buffer(h, rows_of.shape(B * S * topk), rows_of.dtype)
         Order = T.match_buffer(o, (B * S * topk,), "int32")
         Starts = T.match_buffer(s, (experts + 1,), "int32")
         W = T.match_buffer(w, codes, p.dtype)
         Scale = T.match_buffer(c, scales, p.scale_dtype)
         Row = T.match_buffer(r, rows_, "float32")
         Y = T.match_buffer(y, (B, S, k), "float32")
-        Hf = T.decl_buffer((planes * B * S * topk * length,), _view_dtype(p), data=Hid.data)
+        Hf = T.decl_buffer((rows_of.planes * B * S * topk * length,), rows_of.view, data=Hid.data)
         Wf = T.decl_buffer((prod(codes),), p.dtype, data=W.data)
         Sf = T.decl_buffer((prod(scales),), p.scale_dtype, data=Scale.data)
         Rf = T.decl_buffer((prod(rows_),), "float32", data=Row.data)

@@ -67,6 +67,7 @@ class Packing:
         pieces: 0 where rows of X are float32; else products are of pairs of BF16 numbers, by the instruction
             for them, and every number of X comes as that many BF16 numbers whose sum it is: 1 where it is one
             itself, 3 for any.
+        coded: whether rows of X come as INT8 codes with a scale for every 32 columns (`rows.CodedRow`).
     """
 
     code: DType
@@ -75,6 +76,7 @@ class Packing:
     rows: bool = False
     simd: Simd = Simd.NONE
     pieces: int = 0
+    coded: bool = False
 
     @property
     def plain(self) -> bool:

@@ -42,6 +42,8 @@ IN_PLACE = 512
 
 def by_tiles(p: Packing) -> bool:
     """Whether products are by tiles: blocks of a scale are whole ones, or scales go into the numbers."""
+    if p.coded:
+        return p.simd is Simd.AMX
     if p.simd is not Simd.AMX or not p.pieces or p.code is DType.F32:
         return False
     return p.scale is None or folds(p) or p.block % COLUMNS == 0
