@@ -26,6 +26,7 @@ BYTES = 1 << 29
 """Of all copies of one weight together, about: more than the last cache."""
 SCHEMES = "f32,bf16,int8,int4,fp8,mxfp8,mxfp4,nvfp4"
 TOPK = 6
+ROWS = ("f32", "bf16", "split", "int8")
 
 Arr = npt.NDArray[Any]
 
@@ -46,7 +47,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--schemes", default=SCHEMES)
     parser.add_argument("--tokens", default="1,128")
-    parser.add_argument("--pieces", type=int, default=0, help="BF16 pieces of inputs; 0 is float32")
+    parser.add_argument(
+        "--rows", choices=ROWS, default="f32", help="inputs; split: float32 as three BF16 numbers; int8:"
+        " where codes are integers or FP4, else bf16"
+    )  # fmt: skip
     parser.add_argument("--linear", default="2048x1024", help="N x K")
     parser.add_argument("--experts", default="16x704x1024", help="experts x inner x K")
     parser.add_argument("--rounds", type=int, default=15)
@@ -72,7 +76,7 @@ def main() -> None:
 def make(what: str, scheme: str, tokens: int, options: argparse.Namespace) -> Run:
     sizes = [int(n) for n in getattr(options, what).split("x")]
     make_run = linear if what == "linear" else experts
-    return make_run(scheme, options.pieces, tokens, *sizes)
+    return make_run(scheme, options.rows, tokens, *sizes)
 
 
 def measure(runs: dict[str, Run], rounds: int) -> None:
@@ -120,19 +124,19 @@ def table(results: list[dict[str, Any]]) -> str:
 # -------------------------------------------------------------------------------------- products
 
 
-def linear(scheme: str, pieces: int, tokens: int, n: int, k: int) -> Run:
+def linear(scheme: str, rows: str, tokens: int, n: int, k: int) -> Run:
     from dsv4c.targets.cpu.tvm.kernels import dense
     from dsv4c.targets.cpu.tvm.kernels.product import panel_width
 
     packing, arrays = stored(scheme, 1, n, k, panel_width(n))
-    packing = replace(packing, pieces=pieces)
+    packing = taking(packing, rows)
     kernel = compiled(dense.grouped_linear(None, 1, k, n, packing))
     x, y = rows_in(packing, 1, tokens, k), tensor(np.zeros((1, tokens, n), np.float32))
     weights = [tensors(arrays) for _ in range(copies_of(arrays))]
     return Run(lambda i: kernel(x, *weights[i], y), len(weights), size(arrays), tokens * n * k, [], [])
 
 
-def experts(scheme: str, pieces: int, tokens: int, count: int, inner: int, k: int) -> Run:
+def experts(scheme: str, rows: str, tokens: int, count: int, inner: int, k: int) -> Run:
     """Both halves; every token takes TOPK of the experts, so one token reads the panels of TOPK experts."""
     from dsv4c.targets.cpu.tvm.kernels import dense
     from dsv4c.targets.cpu.tvm.kernels.product import panel_width
@@ -140,8 +144,8 @@ def experts(scheme: str, pieces: int, tokens: int, count: int, inner: int, k: in
 
     packing, first = stored(scheme, count, 2 * inner, k, 2 * dense.PAIR)
     _, second = stored(scheme, count, k, inner, panel_width(k))
-    packing = replace(packing, pieces=pieces)
-    hidden = compiled(dense.expert_hidden(count, k, inner, TOPK, 10.0, packing))
+    packing = taking(packing, rows)
+    hidden = compiled(dense.expert_hidden(count, k, inner, TOPK, 10.0, packing, packing))
     output = compiled(dense.expert_output(count, k, inner, TOPK, packing))
     sort = compiled(dense.expert_order(count, TOPK))
     rng = np.random.default_rng(1)
@@ -149,27 +153,39 @@ def experts(scheme: str, pieces: int, tokens: int, count: int, inner: int, k: in
     routes, i32 = tokens * TOPK, np.int32
     order, starts = tensor(np.zeros(routes, i32)), tensor(np.zeros(count + 1, i32))
     sort(tensor(ids), tensor(np.array([tokens], i32)), order, starts)
-    rows = rows_in(packing, *((routes,) if by_tiles(packing) else (1, tokens)), k)
+    x = rows_in(packing, *((routes,) if by_tiles(packing) else (1, tokens)), k)
     gates, mid = tensor(normal(1, tokens, TOPK)), rows_in(packing, routes, inner)
     y = tensor(np.zeros((1, tokens, k), np.float32))
     weights = [(tensors(first), tensors(second)) for _ in range(copies_of(first + second))]
 
     def call(i: int) -> None:
-        hidden(rows, gates, order, starts, *weights[i][0], mid)
+        hidden(x, gates, order, starts, *weights[i][0], mid)
         output(mid, order, starts, *weights[i][1], y)
 
     used = len(np.unique(ids)) / count
     return Run(call, len(weights), int(used * size(first + second)), routes * 3 * inner * k, [], [])
 
 
-def rows_in(packing: Any, *shape: int) -> Any:
-    """Rows as kernels take them: float32, or the bits of BF16 pieces."""
-    from dsv4c.targets.cpu.tvm.kernels.tiles import row_length
+def taking(packing: Any, rows: str) -> Any:
+    """The packing for inputs as `--rows` says."""
+    from dsv4c.ir.dtypes import DType
 
-    if not packing.pieces:
-        return tensor(normal(*shape))
-    x = normal(*shape[:-1], row_length(packing, shape[-1]))
-    return tensor(np.stack([(x.view(np.uint32) >> 16).astype(np.uint16)] * packing.pieces))
+    if rows == "int8" and packing.code in (DType.I8, DType.I4X2, DType.F4E2M1X2):
+        return replace(packing, coded=True)
+    pieces = {"f32": 0, "bf16": 1, "split": 3, "int8": 1}[rows]
+    return replace(packing, pieces=0 if packing.code is DType.F32 else pieces)
+
+
+def rows_in(packing: Any, *shape: int) -> Any:
+    """Rows as kernels take them: float32, the bits of BF16 pieces, or codes with scales."""
+    from dsv4c.targets.cpu.tvm.kernels.rows import Rows
+
+    form = Rows(packing, shape[-1])
+    shape = form.shape(*shape[:-1])
+    if packing.coded:
+        return tensor(np.full(shape, 0x3F010203, np.uint32))  # codes 3, 2, 1, 63, and a scale of 0.504
+    x = normal(*shape)
+    return tensor((x.view(np.uint32) >> 16).astype(np.uint16) if packing.pieces else x)
 
 
 def stored(scheme: str, count: int, n: int, k: int, width: int) -> tuple[Any, list[Arr]]:

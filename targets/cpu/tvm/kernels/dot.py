@@ -17,7 +17,7 @@ from dsv4c.ir.dtypes import DType
 
 from .ahead import asking, load_asking
 from .packing import Packing
-from .pairs import fold, folds, pair
+from .pairs import fold, folds, pairs
 from .product import ROWS, load, parts_of, store, sums
 from .vec import LANES, ramp, splat, zeros
 
@@ -65,17 +65,17 @@ def dot_product(p: Packing, k: int, width: int):
         if folds(p):
             scales = [T.bind(fold(p, S, scale_at(panel, first, v))) for v in range(vecs)]
 
-        def of_word(word, pairs):
+        def of_word(word, count):
             for v in range(vecs):
                 lanes = T.bind(load_asking(p, W, panel * words + first // group + word, v, width))
-                for i in range(pairs):
-                    take(word * (group // 2) + i, v, pair(p, lanes, i, scales[v]))
+                for i, weights in enumerate(pairs(p, lanes, scales[v], count)):
+                    take(word * (group // 2) + i, v, weights)
 
         if columns >= group:
             with T.serial(0, columns // group) as word:
-                of_word(word, group // 2)
+                of_word(word, group)
         if columns % group:
-            of_word(columns // group, columns % group // 2)
+            of_word(columns // group, columns % group)
 
     def direct(out, X, W, S, at, panel, row):
         start, total = T.bind(at(row)), sums(vecs)

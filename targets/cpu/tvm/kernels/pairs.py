@@ -15,7 +15,7 @@ from tvm.script import tirx as T
 
 from dsv4c.ir.dtypes import DType
 
-from .packing import NIBBLE_VALUES, Packing
+from .packing import NIBBLE_VALUES, Packing, Simd
 from .vec import LANES, ramp
 
 _HALVES = 2 * LANES
@@ -42,8 +42,15 @@ def fold(p: Packing, buffer, at):
     return T.bitwise_or(lower, T.shift_left(lower, _all(16)))
 
 
-def pair(p: Packing, word, i: int, scale):
-    """Columns 2 i and 2 i + 1 of a loaded word; `scale` from `fold`, None without."""
+def pairs(p: Packing, word, scale, columns: int):
+    """The pairs of a loaded word's first `columns` columns, in order; `scale` from `fold`, None without."""
+    if p.code in _E4M3 and p.simd is Simd.AMX and (scale is None or _by_exponent(p)):
+        return _look_up_words(p, word, scale)[: columns // 2]
+    return [_pair(p, word, i, scale) for i in range(columns // 2)]
+
+
+def _pair(p: Packing, word, i: int, scale):
+    """Columns 2 i and 2 i + 1 of a loaded word."""
     if p.code is DType.BF16:
         return word
     if scale is None or _by_exponent(p):
@@ -85,9 +92,13 @@ def _values(p: Packing):
 
 def _table(p: Packing, values):
     """Halves of BF16 numbers, raised so that the scale code `top` stands for them as they are raised."""
-    raised = np.ldexp(values, _exponents(p)[0] - 127) if _by_exponent(p) else values
-    bits = (np.asarray(raised, np.float32).view(np.uint32) >> 16).astype(np.uint16).view(np.int16)
+    bits = (_raised(p, values).view(np.uint32) >> 16).astype(np.uint16).view(np.int16)
     return T.Shuffle([T.int16(int(b)) for b in bits], list(range(_HALVES)))
+
+
+def _raised(p: Packing, values):
+    raised = np.ldexp(values, _exponents(p)[0] - 127) if _by_exponent(p) else values
+    return np.ascontiguousarray(raised, np.float32)
 
 
 def _lowered(halves, scale):
@@ -117,6 +128,45 @@ def _look_up_bytes(p: Packing, word, scale):
     is_large = T.bitwise_and(index, T.broadcast(T.int16(64), _HALVES)) != T.broadcast(T.int16(0), _HALVES)
     sign = T.bitwise_and(T.shift_left(word, _all(8)), _all(0x80008000))
     return T.bitwise_or(_lowered(T.Select(is_large, large, small), scale), sign)
+
+
+def _look_up_words(p: Packing, word, scale):
+    """Both pairs of four bytes as E4M3: tables of low and of high bytes, in which seven bits are looked up.
+
+    Needs AVX-512 VBMI. That takes 15 instructions, eight less than looking up each pair's halves.
+    """
+    bits = (_raised(p, _values(p)).view(np.uint32) >> 16).astype(np.uint16)
+    index = T.bind(T.reinterpret("int8x64", word))
+    name = "llvm.x86.avx512.vpermi2var.qi.512"
+    low, high = (
+        T.bind(T.reinterpret("uint32x16", T.call_llvm_pure_intrin("int8x64", name, a, index, b)))
+        for a, b in (_byte_tables(bits & 0xFF), _byte_tables(bits >> 8))
+    )
+    even = T.bitwise_or(_halves_left(high, 8), T.bitwise_and(low, _all(0x00FF00FF)))
+    odd = T.bitwise_or(_halves_right(low, 8), T.bitwise_and(high, _all(0xFF00FF00)))
+    signs = _halves_left(word, 8), word
+    return [
+        T.bitwise_or(_lowered(T.reinterpret("int16x32", x), scale), T.bitwise_and(s, _all(0x80008000)))
+        for x, s in zip((even, odd), signs, strict=True)
+    ]
+
+
+def _byte_tables(values):
+    """128 bytes as two vectors."""
+    signed = values.astype(np.uint8).view(np.int8).reshape(2, 64)
+    return tuple(T.Shuffle([T.int8(int(b)) for b in part], list(range(64))) for part in signed)
+
+
+def _halves_left(x, n: int):
+    return _by_halves(x, lambda h: T.shift_left(h, T.broadcast(T.uint16(n), _HALVES)))
+
+
+def _halves_right(x, n: int):
+    return _by_halves(x, lambda h: T.shift_right(h, T.broadcast(T.uint16(n), _HALVES)))
+
+
+def _by_halves(x, f):
+    return T.reinterpret("uint32x16", f(T.reinterpret("uint16x32", x)))
 
 
 def _all(x: int):

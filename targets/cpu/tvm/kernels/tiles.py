@@ -24,9 +24,10 @@ from dsv4c.ir.dtypes import DType
 
 from .ahead import asking, load_asking
 from .amx import COLUMNS, HIGH, LINE, Block, library
-from .dot import DOT, FEW, dot
+from .dot import DOT, dot
+FEW = 2
 from .packing import Packing, Simd
-from .pairs import fold, folds, pair
+from .pairs import fold, folds, pairs
 from .product import load, parts_of, store, sums
 from .vec import LANES, ramp, zeros
 
@@ -288,17 +289,17 @@ class _TileProduct:
         if folds(p):
             scales = [T.bind(fold(p, S, self.scale_at(panel, first, v))) for v in range(vecs)]
 
-        def of_word(word, pairs):
+        def of_word(word, count):
             for v in range(vecs):
                 lanes = T.bind(load_asking(p, W, panel * words + first // group + word, v, self.width))
-                for i in range(pairs):
-                    take(number + word * (group // 2) + i, v, pair(p, lanes, i, scales[v]))
+                for i, weights in enumerate(pairs(p, lanes, scales[v], count)):
+                    take(number + word * (group // 2) + i, v, weights)
 
         if columns >= group:
             with T.serial(0, columns // group) as word:
-                of_word(word, group // 2)
+                of_word(word, group)
         if columns % group:
-            of_word(columns // group, columns % group // 2)
+            of_word(columns // group, columns % group)
 
 
 def call(name: str, *args) -> None:
