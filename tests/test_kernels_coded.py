@@ -40,7 +40,7 @@ def linears(name: str, target: str = "cpu") -> Case:
 
 @functools.cache
 def others(name: str, target: str = "cpu", inner: int = 40, heads: tuple[int, int] = (6, 32)) -> Case:
-    """Two groups, and experts whose second half is in another scheme and whose channels end inside a block."""
+    """Two groups; experts whose second half is in another scheme and whose channels end inside a block."""
     c, scheme, second = Case(target), SCHEMES[name], SCHEMES[CODED[(CODED.index(name) + 1) % len(CODED)]]
     groups = weight(c, "groups", matrix(c, "groups", scheme, 2 * 36, heads[0] * heads[1] // 2))
     x = rounded(c, c.f32("heads", B, T, *heads))

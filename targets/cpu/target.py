@@ -15,8 +15,12 @@ _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 ARCHS = (
     Arch(
         "x86-64-v4-amx",
-        {"mcpu": "x86-64-v4", "mattr": "+avx512bf16,+avx512vbmi,+avx512vnni,+amx-tile,+amx-bf16,+amx-int8"},
-        (*_V4, "avx512_bf16", "avx512_vnni", "avx512vbmi", "amx_tile", "amx_bf16", "amx_int8"),
+        {
+            "mcpu": "x86-64-v4",
+            "mattr": "+avx512bf16,+avx512vnni,+avx512vbmi,+avx512vbmi2,+amx-tile,+amx-bf16,+amx-int8",
+        },
+        (*_V4, "avx512_bf16", "avx512_vnni", "avx512vbmi", "avx512_vbmi2",
+         "amx_tile", "amx_bf16", "amx_int8"),
     ),
     Arch(
         "x86-64-v4-bf16", {"mcpu": "x86-64-v4", "mattr": "+avx512bf16,+avx512vnni"},

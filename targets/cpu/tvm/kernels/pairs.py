@@ -31,7 +31,7 @@ def folds(p: Packing) -> bool:
 
 def fold(p: Packing, buffer, at):
     """16 block scales in the form that `pair` takes them."""
-    if not _by_exponent(p):
+    if not by_exponent(p):
         return p.block_scale(buffer, at)
     top, bottom = _exponents(p)
     code = T.cast(buffer[ramp(at)], "uint32x16")
@@ -42,9 +42,20 @@ def fold(p: Packing, buffer, at):
     return T.bitwise_or(lower, T.shift_left(lower, _all(16)))
 
 
+def whole_scale(p: Packing, buffer, at):
+    """16 block scales as float32, for sums of codes as they are; no further than `fold` reaches."""
+    top, bottom = _exponents(p)
+    code = T.cast(buffer[ramp(at)], "uint32x16")
+    code = T.min(T.max(code, _all(top - bottom)), _all(top))
+    return T.reinterpret("float32x16", T.shift_left(code, _all(23)))
+
+
 def pairs(p: Packing, word, scale, columns: int):
-    """The pairs of a loaded word's first `columns` columns, in order; `scale` from `fold`, None without."""
-    if p.code in _E4M3 and p.simd is Simd.AMX and (scale is None or _by_exponent(p)):
+    """The pairs of a loaded word's first `columns` columns, in order.
+
+    `scale` from `fold`; None without, or where sums are scaled instead.
+    """
+    if in_chains(p):
         return _look_up_words(p, word, scale)[: columns // 2]
     return [_pair(p, word, i, scale) for i in range(columns // 2)]
 
@@ -53,7 +64,7 @@ def _pair(p: Packing, word, i: int, scale):
     """Columns 2 i and 2 i + 1 of a loaded word."""
     if p.code is DType.BF16:
         return word
-    if scale is None or _by_exponent(p):
+    if scale is None or by_exponent(p):
         if p.code in NIBBLE_VALUES:
             return _look_up_nibbles(p, T.shift_right(word, _all(4 * i)), scale)
         if p.code in _E4M3:
@@ -65,7 +76,8 @@ def _pair(p: Packing, word, i: int, scale):
     return T.bitwise_or(T.shift_right(low, _all(16)), T.bitwise_and(high, _all(0xFFFF0000)))
 
 
-def _by_exponent(p: Packing) -> bool:
+def by_exponent(p: Packing) -> bool:
+    """Whether a scale moves exponents and nothing else."""
     return p.scale is DType.F8E8M0 and (p.code in _E4M3 or p.code is DType.F4E2M1X2)
 
 
@@ -90,15 +102,16 @@ def _values(p: Packing):
     return value.astype(np.float32)
 
 
-def _table(p: Packing, values):
-    """Halves of BF16 numbers, raised so that the scale code `top` stands for them as they are raised."""
-    bits = (_raised(p, values).view(np.uint32) >> 16).astype(np.uint16).view(np.int16)
+def _bits(p: Packing, values, scale):
+    """Bits of BF16 numbers; with a scale raised so that its code `top` stands for them as they are raised."""
+    if scale is not None and by_exponent(p):
+        values = np.ldexp(values, _exponents(p)[0] - 127)
+    return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def _table(p: Packing, values, scale):
+    bits = _bits(p, values, scale).view(np.int16)
     return T.Shuffle([T.int16(int(b)) for b in bits], list(range(_HALVES)))
-
-
-def _raised(p: Packing, values):
-    raised = np.ldexp(values, _exponents(p)[0] - 127) if _by_exponent(p) else values
-    return np.ascontiguousarray(raised, np.float32)
 
 
 def _lowered(halves, scale):
@@ -111,7 +124,7 @@ def _lowered(halves, scale):
 
 def _look_up_nibbles(p: Packing, word, scale):
     """The lowest nibble of each half; five bits are looked at, so the table stands there twice."""
-    table = _table(p, np.tile(_values(p), 2))
+    table = _table(p, np.tile(_values(p), 2), scale)
     index = T.reinterpret("int16x32", word)
     name = "llvm.x86.avx512.permvar.hi.512"
     return _lowered(T.call_llvm_pure_intrin("int16x32", name, table, index), scale)
@@ -119,7 +132,7 @@ def _look_up_nibbles(p: Packing, word, scale):
 
 def _look_up_bytes(p: Packing, word, scale):
     """The lowest byte of each half as E4M3: six bits look into two tables, the seventh chooses which two."""
-    tables = [_table(p, part) for part in _values(p).reshape(4, _HALVES)]
+    tables = [_table(p, part, scale) for part in _values(p).reshape(4, _HALVES)]
     index = T.reinterpret("int16x32", word)
     name = "llvm.x86.avx512.vpermi2var.hi.512"
     small, large = (
@@ -135,13 +148,8 @@ def _look_up_words(p: Packing, word, scale):
 
     Needs AVX-512 VBMI. That takes 15 instructions, eight less than looking up each pair's halves.
     """
-    bits = (_raised(p, _values(p)).view(np.uint32) >> 16).astype(np.uint16)
-    index = T.bind(T.reinterpret("int8x64", word))
-    name = "llvm.x86.avx512.vpermi2var.qi.512"
-    low, high = (
-        T.bind(T.reinterpret("uint32x16", T.call_llvm_pure_intrin("int8x64", name, a, index, b)))
-        for a, b in (_byte_tables(bits & 0xFF), _byte_tables(bits >> 8))
-    )
+    bits = _bits(p, _values(p), scale)
+    low, high = (T.bind(_bytes_of(part, word)) for part in (bits & 0xFF, bits >> 8))
     even = T.bitwise_or(_halves_left(high, 8), T.bitwise_and(low, _all(0x00FF00FF)))
     odd = T.bitwise_or(_halves_right(low, 8), T.bitwise_and(high, _all(0xFF00FF00)))
     signs = _halves_left(word, 8), word
@@ -151,10 +159,50 @@ def _look_up_words(p: Packing, word, scale):
     ]
 
 
-def _byte_tables(values):
-    """128 bytes as two vectors."""
+CHAINS = """
+define <16 x i32> @dsv4c_low_bytes(<16 x i32> %high, <16 x i32> %low) {
+  %r = call <16 x i32> asm "vpshldw $$8, $2, $1, $0", "=v,v,v"(<16 x i32> %high, <16 x i32> %low)
+  ret <16 x i32> %r
+}
+"""
+"""In each half the lower byte of the first over the upper byte of the second: LLVM would look bytes up."""
+
+
+def in_chains(p: Packing) -> bool:
+    """Whether `chains` knows the codes, and the machine its instructions."""
+    return p.code in _E4M3 and p.simd is Simd.AMX and (p.scale is None or by_exponent(p))
+
+
+def chains(p: Packing, word):
+    """A loaded word of E4M3 codes as the pair of its even columns and that of its odd ones, the first high.
+
+    VDPBF16PS adds the high product first. Needs AVX-512 VBMI and VBMI2, and `CHAINS` to be imported.
+    """
+    bits = _bits(p, _values(p), None)
+    index = T.bind(_ordered(word, (1, 3, 0, 2)))  # columns 2 3 0 1
+    swapped = _ordered(word, (3, 1, 2, 0))
+    high = T.bind(T.bitwise_or(_bytes_of(bits >> 8, index), T.bitwise_and(index, _all(0x80808080))))
+    low = T.bind(_bytes_of(bits & 0xFF, swapped))
+    even = T.call_extern("uint32x16", "dsv4c_low_bytes", high, low)
+    odd = T.bitwise_or(T.bitwise_and(high, _all(0xFF00FF00)), T.bitwise_and(low, _all(0x00FF00FF)))
+    return even, odd
+
+
+def _ordered(word, order):
+    """The bytes of each lane in another order."""
+    places = [4 * lane + b for lane in range(4) for b in order] * 4
+    table = T.Shuffle([T.int8(b) for b in places], list(range(64)))
+    name = "llvm.x86.avx512.pshuf.b.512"
+    found = T.call_llvm_pure_intrin("int8x64", name, T.reinterpret("int8x64", word), table)
+    return T.reinterpret("uint32x16", found)
+
+
+def _bytes_of(values, index):
+    """Seven bits of every byte looked up in 128 bytes."""
     signed = values.astype(np.uint8).view(np.int8).reshape(2, 64)
-    return tuple(T.Shuffle([T.int8(int(b)) for b in part], list(range(64))) for part in signed)
+    first, second = (T.Shuffle([T.int8(int(b)) for b in part], list(range(64))) for part in signed)
+    name, at = "llvm.x86.avx512.vpermi2var.qi.512", T.reinterpret("int8x64", index)
+    return T.reinterpret("uint32x16", T.call_llvm_pure_intrin("int8x64", name, first, at, second))
 
 
 def _halves_left(x, n: int):

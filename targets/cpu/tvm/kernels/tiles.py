@@ -24,10 +24,9 @@ from dsv4c.ir.dtypes import DType
 
 from .ahead import asking, load_asking
 from .amx import COLUMNS, HIGH, LINE, Block, library
-from .dot import DOT, dot
-FEW = 2
+from .dot import DOT, FEW, dot
 from .packing import Packing, Simd
-from .pairs import fold, folds, pairs
+from .pairs import CHAINS, by_exponent, chains, fold, folds, in_chains, pairs, whole_scale
 from .product import load, parts_of, store, sums
 from .vec import LANES, ramp, zeros
 
@@ -73,6 +72,7 @@ class _TileProduct:
     Attributes:
         in_place: tiles are loaded from the stored panel; otherwise from a scratch that it is decoded into.
         folded: one sum for all columns; otherwise one for each block of columns that share scales.
+        in_chains: a word's even columns can be had as a pair.
     """
 
     def __init__(self, p: Packing, k: int, width: int) -> None:
@@ -85,6 +85,7 @@ class _TileProduct:
         self.padded = (k + COLUMNS - 1) // COLUMNS * COLUMNS  # columns up to the end of the last tile
         self.strip = min(IN_PLACE if self.in_place else STRIP, self.padded)
         self.single, self.double = Block(1, self.vecs, p.pieces), Block(2, 2)
+        self.in_chains = in_chains(p)
         self.in_twos = p.pieces == 1 and self.vecs % 2 == 0
         self.blocks = frozenset({self.single, self.double} if self.in_twos else {self.single})
 
@@ -106,27 +107,18 @@ class _TileProduct:
 
     def direct(self, out, X, W, S, start, panel, row) -> None:
         """One row of one piece, by the order of tiles."""
-        p, vecs, words = self.p, self.vecs, self.k // 2
-        halves = T.alloc_buffer((2 * words,), "uint32")  # the even columns of X, and the odd ones
-        with T.serial(0, words) as i:
-            T.buffer_store(halves, X[start + i] & T.uint32(0xFFFF), [i])
-            T.buffer_store(halves, X[start + i] & T.uint32(0xFFFF0000), [words + i])
+        p, vecs = self.p, self.vecs
         total = sums(vecs)
+        of_tile = self.chained(X, W, start, panel) if self.in_chains else self.halved(X, W, S, start, panel)
 
         def one_tile(part, first, columns):
-            chains = [sums(vecs) for _ in range(2)]
-
-            def add(word, v, weights):
-                for i, chain in enumerate(chains):
-                    x = halves[i * words + first // 2 + word]
-                    store(chain, v, dot(load(chain, v), weights, x))
-
-            parts_of(
-                columns, min(self.shared, columns),
-                lambda at, n: self.for_each_pair(W, S, panel, first + at, n, at // 2, add),
-            )  # fmt: skip
+            even, odd = (sums(vecs) for _ in range(2))
+            of_tile(even, odd, first, columns)
             for v in range(vecs):
-                store(part, v, load(part, v) + (load(chains[0], v) + load(chains[1], v)))
+                found = load(even, v) + load(odd, v)
+                if by_exponent(p):  # which is exact, so that it does not matter what is scaled
+                    found = found * whole_scale(p, S, self.scale_at(panel, first, v))
+                store(part, v, load(part, v) + found)
 
         def one_block(first, columns):
             part = total if self.folded else sums(vecs)
@@ -139,6 +131,60 @@ class _TileProduct:
             parts_of(self.k, self.k if self.folded else self.shared, one_block)
         for v in range(vecs):
             store(out, row * vecs + v, load(total, v))
+
+    def halved(self, X, W, S, start, panel):
+        """A tile's two sums by pairs of neighbours, each with the even and with the odd half of X."""
+        p, words = self.p, self.k // 2
+        halves = T.alloc_buffer((2 * words,), "uint32")  # the even columns of X, and the odd ones
+        with T.serial(0, words) as i:
+            T.buffer_store(halves, X[start + i] & T.uint32(0xFFFF), [i])
+            T.buffer_store(halves, X[start + i] & T.uint32(0xFFFF0000), [words + i])
+
+        def of_tile(even, odd, first, columns):
+            def add(word, v, weights):
+                for i, chain in enumerate((even, odd)):
+                    x = halves[i * words + first // 2 + word]
+                    store(chain, v, dot(load(chain, v), weights, x))
+
+            scaled = not by_exponent(p)
+            parts_of(
+                columns, min(self.shared, columns),
+                lambda at, n: self.for_each_pair(W, S, panel, first + at, n, at // 2, add, scaled),
+            )  # fmt: skip
+
+        return of_tile
+
+    def chained(self, X, W, start, panel):
+        """The same where a word's even columns are a pair, and its odd ones: half of the products."""
+        p, words, pairs_of_x = self.p, self.p.words(self.k), self.k // 2
+        chained = T.alloc_buffer((2 * words,), "uint32")
+        whole = self.k // COLUMNS  # vectors of X
+        order = [at + c for at in range(0, COLUMNS, 4) for c in (2, 0, 3, 1)]
+        with T.serial(0, whole) as i:
+            halves = T.reinterpret("uint16x32", X[ramp(start + i * LANES)])
+            T.buffer_store(
+                chained, T.reinterpret("uint32x16", T.Shuffle([halves], order)), [ramp(i * LANES)]
+            )
+        with T.serial(0, words - whole * LANES // 2) as rest:
+            i = T.bind(whole * (LANES // 2) + rest)
+            here = T.bind(X[start + 2 * i])
+            last = T.bind(X[start + T.min(2 * i + 1, pairs_of_x - 1)])
+            last = T.if_then_else(2 * i + 1 < pairs_of_x, last, T.uint32(0))
+            T.buffer_store(chained, here << T.uint32(16) | last & T.uint32(0xFFFF), [2 * i])
+            T.buffer_store(chained, here & T.uint32(0xFFFF0000) | last >> T.uint32(16), [2 * i + 1])
+
+        def of_tile(even, odd, first, columns):
+            with (
+                T.attr(T.int32(0), "pragma_import_llvm", CHAINS),
+                T.serial(0, -(-columns // p.per_word)) as word,
+            ):
+                at = T.bind(first // p.per_word + word)
+                for v in range(self.vecs):
+                    lanes = T.bind(load_asking(p, W, panel * words + at, v, self.width))
+                    for i, (chain, weights) in enumerate(zip((even, odd), chains(p, lanes), strict=True)):
+                        store(chain, v, dot(load(chain, v), weights, chained[2 * at + i]))
+
+        return of_tile
 
     def by_tiles(self, out, X, W, S, start, stride, rows, panel, apart, following) -> None:
         with T.attr(T.int32(0), "pragma_import_llvm", library(self.blocks)), asking():
@@ -281,12 +327,15 @@ class _TileProduct:
         with T.serial(0, -columns % COLUMNS // 2 * self.vecs) as i:
             T.buffer_store(scratch, nothing, [ramp(columns // 2 * self.width + i * LANES)])
 
-    def for_each_pair(self, W, S, panel, first, columns, number, take) -> None:
-        """`take(number + i, vector, weights)` for the i-th pair of columns, which share their scales."""
+    def for_each_pair(self, W, S, panel, first, columns, number, take, scaled=True) -> None:
+        """`take(number + i, vector, weights)` for the i-th pair of columns, which share their scales.
+
+        Scales that can be are multiplied into the weights if `scaled`.
+        """
         p, vecs, group = self.p, self.vecs, self.p.per_word
         words = p.words(self.k)
         scales = [None] * vecs
-        if folds(p):
+        if folds(p) and scaled:
             scales = [T.bind(fold(p, S, self.scale_at(panel, first, v))) for v in range(vecs)]
 
         def of_word(word, count):
