@@ -285,7 +285,8 @@ def compile(
     Args:
         target: `name` or `name:arch`, see `dsv4c targets`.
         numerics: "" is the target's first. "exact" is stored weights dequantised and FP32 arithmetic. "bf16"
-            rounds what matrices are multiplied by to BF16 (CPU, format "tvm"). "reference" rounds where the
+            rounds what matrices are multiplied by to BF16 (CPU, format "tvm"), "int8" to INT8 in blocks of 32
+            where they are stored as integers or FP4, else to BF16. "reference" rounds where the
             published code does; it has no golden vectors, as ties change every later token. "fast" is what a
             device does best: INT8 on Ascend 910 and MLU, the checkpoint's own FP8 and FP4 with MXFP8 inputs
             on Ascend 950, BF16 on CUDA, as FNUZ on gfx942. "half" is FP16 products on those devices.

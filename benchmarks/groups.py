@@ -33,10 +33,11 @@ PAIRS = (
     ("f32", "exact"),
     ("bf16", "exact"),
     ("bf16", "bf16"),
-    ("int8", "bf16"),
+    ("int8", "int8"),
     ("published", "exact"),
     ("published", "bf16"),
-    ("int4", "bf16"),
+    ("published", "int8"),
+    ("int4", "int8"),
 )
 """(storage, numerics) of the artifacts; those whose numerics the target does not offer are left out."""
 
