@@ -14,13 +14,14 @@ from .opt import OPT
 from .report import REPORT
 from .run import RUN
 from .targets import TARGETS
+from .tune import TUNE
 from .unpack import UNPACK
 from .verify import VERIFY
 
 COMMANDS: dict[str, Command] = {
     command.name: command
     for command in (
-        COMPILE, RUN, INSPECT, VERIFY, UNPACK, REPORT, BENCH, CALIBRATE, COMPARE,
+        COMPILE, RUN, INSPECT, VERIFY, UNPACK, REPORT, BENCH, TUNE, CALIBRATE, COMPARE,
         ESTIMATE, OPT, TARGETS, PASSES,
     )
 }  # fmt: skip

@@ -31,6 +31,30 @@ def cpu_flags() -> frozenset[str]:
     return flags
 
 
+@cache
+def cpu_model() -> str:
+    """The maker's numbers of the first core, `GenuineIntel-6-207` or `0x41-0xd40`; "" where there are none.
+
+    Of x86-64 vendor, family and model, of ARM implementer and part: clouds hide the names.
+    """
+    try:
+        return model_of(Path("/proc/cpuinfo").read_text())
+    except OSError:
+        return ""
+
+
+def model_of(text: str) -> str:
+    """The same of the text of `/proc/cpuinfo`."""
+    said: dict[str, str] = {}
+    for line in text.partition("\n\n")[0].splitlines():
+        key, _, value = line.partition(":")
+        said.setdefault(key.strip(), value.strip())
+    for keys in (("vendor_id", "cpu family", "model"), ("CPU implementer", "CPU part")):
+        if all(said.get(key) for key in keys):
+            return "-".join(said[key] for key in keys)
+    return ""
+
+
 def _tiles_granted() -> bool:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return False

@@ -38,10 +38,13 @@ class DictStore:
 
 
 class Case:
-    """A module under construction at level TARGET together with its weights; `target` compiles it."""
+    """A module under construction at level TARGET together with its weights; `target` compiles it.
 
-    def __init__(self, target: str = "cpu") -> None:
-        self.target = target
+    `tuning` is a `dsv4c.targets.cpu.tuning.Tuning`; None is the default.
+    """
+
+    def __init__(self, target: str = "cpu", tuning: Any = None) -> None:
+        self.target, self.tuning = target, tuning
         self.module = Module("case", level=Level.TARGET)
         self.b, self.store = Builder(self.module), DictStore()
         self.b.loc = "case"
@@ -159,6 +162,7 @@ class _Compiled:
         from tvm import relax
 
         from dsv4c.targets import parse_target
+        from dsv4c.targets.cpu.tuning import DEFAULT
         from dsv4c.targets.cpu.tvm.context import Context
         from dsv4c.targets.cpu.tvm.emit import cross_attributes, simd_of
         from dsv4c.targets.cpu.tvm.lowering import LOWERINGS
@@ -167,7 +171,7 @@ class _Compiled:
         shapes = [v.type.shape for v in module.arguments().values()]
         bound = frozenset(d.name for s in shapes for d in s if isinstance(d, Dim) and d.op == "sym")
         arch = parse_target(case.target)[1]
-        context = Context(relax.BlockBuilder(), bound, simd_of(arch))
+        context = Context(relax.BlockBuilder(), bound, simd_of(arch), case.tuning or DEFAULT)
         for name, value in module.arguments().items():
             context.values[value] = relax.Var(name, context.tensor(value.type))
         if "tokens" in module.inputs:

@@ -18,6 +18,7 @@ from dsv4c.ir.dtypes import DType
 from dsv4c.ir.graph import Op, Value
 from dsv4c.ir.types import TensorType
 from dsv4c.ir.weights import WeightExpr
+from dsv4c.targets.cpu.tuning import DEFAULT, Tuning
 
 from .fixed import Fixed
 from .frames import install
@@ -51,6 +52,7 @@ class Context:
         bound: symbols that stand alone in some argument's shape.
         packed: parameter name -> (variable, expression) of every weight in the layout a kernel reads.
         simd: the vector instructions that kernels may use.
+        tuning: what was measured to be best for the processor.
         claimed: parameter names of the other programs of the artifact, with their expressions.
         memo: what a lowering keeps so that another op need not compute it again.
         handles: looked-up table -> the parameter by which the runtime knows it; after the weights, in order.
@@ -63,6 +65,7 @@ class Context:
     builder: relax.BlockBuilder
     bound: frozenset[str]
     simd: Simd = Simd.NONE
+    tuning: Tuning = DEFAULT
     symbols: dict[str, Any] = field(default_factory=dict)
     values: dict[Value, Var] = field(default_factory=dict)
     packed: dict[str, tuple[Var, WeightExpr]] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from dsv4c.ir.dims import Dim, evaluate
 from dsv4c.ir.graph import Module
 from dsv4c.ir.weights import TensorStore, WeightExpr, stream
 from dsv4c.runtime.container import ArtifactWriter
+from dsv4c.runtime.cpu import cpu_flags, cpu_model
 from dsv4c.targets.base import Arch, Progress
 from dsv4c.targets.calls import calls_meta
+from dsv4c.targets.cpu.tuning import DEFAULT, Tuning, tuning_for
 
 from .context import Context
 from .fixed import Fixed, add_fixed
@@ -40,7 +43,8 @@ def emit_tvm(
         TargetError: an op has no lowering.
         ToolchainError: no linker is found.
     """
-    built, relax_module = build_programs({"step": module, **module.parts}, simd_of(arch))
+    tuning = tuning_for(arch.name, cpu_model() if runs_here(arch) else "")
+    built, relax_module = build_programs({"step": module, **module.parts}, simd_of(arch), tuning)
     progress("code", 0, 1)
     writer.add_section("code", compile_module(relax_module, cross_attributes(arch)))
     progress("code", 1, 1)
@@ -61,7 +65,10 @@ def emit_tvm(
             progress("weights", done, total)
     writer.set_meta("tables", tables_meta(built["step"].tables))
     parts = {name: _facts(part, built[name]) for name, part in module.parts.items()}
-    more = {"writes": state_writes(module), "parts": parts, "probes": probes_meta(simd_of(arch))}
+    more = {
+        "writes": state_writes(module), "parts": parts, "probes": probes_meta(simd_of(arch)),
+        "tuning": asdict(tuning),
+    }  # fmt: skip
     writer.set_meta("tvm", _facts(module, built["step"]) | more)
 
 
@@ -98,7 +105,9 @@ def build_relax(module: Module, simd: Simd = Simd.NONE) -> tuple[Context, Any]:
     return built["step"], relax_module
 
 
-def build_programs(programs: Mapping[str, Module], simd: Simd) -> tuple[dict[str, Context], Any]:
+def build_programs(
+    programs: Mapping[str, Module], simd: Simd, tuning: Tuning = DEFAULT
+) -> tuple[dict[str, Context], Any]:
     """One Relax module with a function per program; kernels and equal parameters are shared.
 
     The program `step` has a second function, `step_one`, for one token of one sequence, where it can.
@@ -108,7 +117,7 @@ def build_programs(programs: Mapping[str, Module], simd: Simd) -> tuple[dict[str
     for name, module in programs.items():
         shapes = [v.type.shape for v in module.arguments().values()]
         bound = frozenset(d.name for shape in shapes for d in shape if isinstance(d, Dim) and d.op == "sym")
-        context = built[name] = Context(builder, bound, simd, kernels=kernels, claimed=claimed)
+        context = built[name] = Context(builder, bound, simd, tuning, kernels=kernels, claimed=claimed)
         _build(module, context, name)
         claimed.update({key: expr for key, (_, expr) in context.packed.items()})
         if name == "step":
@@ -143,6 +152,11 @@ def _build(module: Module, context: Context, function: str) -> None:
 def results_of(module: Module) -> list[str]:
     """The outputs that are no states, in order; the compiled step returns them first."""
     return [name for name in module.outputs if name not in module.states]
+
+
+def runs_here(arch: Arch) -> bool:
+    """Whether this machine has what an arch requires."""
+    return arch.machine == platform.machine() and cpu_flags().issuperset(arch.requires)
 
 
 def simd_of(arch: Arch) -> Simd:

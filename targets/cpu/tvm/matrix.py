@@ -77,10 +77,11 @@ def _matrix(
     held = packed_form(op.weight) if op.weight.dtype is DType.F32 else None
     if held is None:
         plain = panels if op.weight.dtype is DType.F32 else words
-        return Matrix(Packing(op.weight.dtype, simd=c.simd), [c.weight(value, plain), unused, unused])
+        packing = Packing(op.weight.dtype, simd=c.simd, tuning=c.tuning)
+        return Matrix(packing, [c.weight(value, plain), unused, unused])
     scheme, per_row = held.scheme, held.scheme.block[1] == 0
     block_scale, per_row_too = None if per_row else scheme.scale, per_row or scheme.tensor_scale
-    packing = Packing(scheme.code, block_scale, scheme.block[1], per_row_too, c.simd)
+    packing = Packing(scheme.code, block_scale, scheme.block[1], per_row_too, c.simd, tuning=c.tuning)
     scales = _by_row(held, held.scales, scheme.block[0])
     codes = c.weight(value, lambda _: words(held.codes))
     if per_row:

@@ -15,9 +15,6 @@ from dsv4c.ir.dtypes import DType
 from .packing import Packing
 from .vec import LANES
 
-LINES = 192
-"""How far ahead, in lines of 64 bytes: 12 KiB of a panel."""
-
 _FUNCTION = """
 define i32 @dsv4c_ahead(ptr %p) {
   call void @llvm.prefetch.p0(ptr %p, i32 0, i32 2, i32 1)
@@ -33,12 +30,12 @@ def asking():
 
 
 def load_asking(p: Packing, buffer, word, vec, width: int):
-    """`p.load` of a line, and a request for the one that is read `LINES` later, where codes are decoded.
+    """`p.load` of a line, and a request for one that is read later (`Tuning.ahead`), where codes are decoded.
 
     Nothing need lie there.
     """
-    if p.code is not DType.F32:
-        ask(buffer, (word * width + (vec + LINES) * LANES) * (p.per_word // p.per_byte))
+    if p.code is not DType.F32 and p.tuning.ahead:
+        ask(buffer, (word * width + (vec + p.tuning.ahead) * LANES) * (p.per_word // p.per_byte))
     return p.load(buffer, word, vec, width)
 
 

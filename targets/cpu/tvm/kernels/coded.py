@@ -24,10 +24,6 @@ from .vec import LANES, ramp, splat, zeros
 
 CHUNK = 256
 """Rows that share one decoding of a panel."""
-STRIP = 256
-"""Most columns of a panel that are decoded at a time: 16 KiB for 64 rows."""
-FEW = 2
-"""Rows that are not worth a scratch."""
 TOGETHER = 4
 """Rows of a register tile where there are no tile registers: 4 x 4 vectors of sums."""
 
@@ -56,7 +52,7 @@ class _CodedProduct:
         self.tiled = p.simd is Simd.AMX
         self.in_place = self.tiled and p.code is DType.I8 and k % BLOCK == 0
         self.per = p.per_word // 4  # words of bytes in a stored word
-        self.strip = min(STRIP, self.row.padded)
+        self.strip = min(p.tuning.strip, self.row.padded)
 
     def __call__(self, out, X, W, S, R, at, rows, panel, apart, following) -> None:
         start, stride = T.bind(at(0)), T.bind(at(1) - at(0))
@@ -64,7 +60,7 @@ class _CodedProduct:
         with T.attr(T.int32(0), "pragma_import_llvm", VNNI), asking():
             # rows that are read as tiles lie at equal distances
             first = (lambda r: start + r * stride) if self.tiled else at
-            with T.If(rows <= FEW):
+            with T.If(rows <= self.p.tuning.few):
                 with T.Then(), T.serial(0, rows) as r:
                     self.direct(out, X, W, S, T.bind(first(r)), panel, r)
                 with T.Else():

@@ -24,7 +24,7 @@ from .vec import LANES, ramp, splat, zeros
 STRIP = 128
 """Most columns of a panel that are decoded at a time: 16 KiB for 64 rows."""
 FEW = 2
-"""Rows that are not worth a scratch, and of a last tile that are not worth a whole one."""
+"""Rows of a last tile that are not worth a whole one."""
 
 DOT = """
 define <16 x float> @dsv4c_dot(<16 x float> %sum, <16 x i32> %a, <16 x i32> %b) {
@@ -148,7 +148,7 @@ def dot_product(p: Packing, k: int, width: int):
 
     def product(out, X, W, S, R, at, rows, panel, *_):
         with T.attr(T.int32(0), "pragma_import_llvm", DOT), asking():
-            with T.If(rows <= FEW):
+            with T.If(rows <= p.tuning.few):
                 with T.Then(), T.serial(0, rows) as r:
                     direct(out, X, W, S, at, panel, r)
                 with T.Else():

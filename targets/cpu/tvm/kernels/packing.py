@@ -15,6 +15,7 @@ import numpy as np
 from tvm.script import tirx as T
 
 from dsv4c.ir.dtypes import E2M1, DType
+from dsv4c.targets.cpu.tuning import DEFAULT, Tuning
 
 from .vec import LANES, ramp
 
@@ -68,6 +69,7 @@ class Packing:
             for them, and every number of X comes as that many BF16 numbers whose sum it is: 1 where it is one
             itself, 3 for any.
         coded: whether rows of X come as INT8 codes with a scale for every 32 columns (`rows.CodedRow`).
+        tuning: what differs between processors, but for results.
     """
 
     code: DType
@@ -77,6 +79,7 @@ class Packing:
     simd: Simd = Simd.NONE
     pieces: int = 0
     coded: bool = False
+    tuning: Tuning = DEFAULT
 
     @property
     def plain(self) -> bool:

@@ -24,7 +24,7 @@ from dsv4c.ir.dtypes import DType
 
 from .ahead import asking, load_asking
 from .amx import COLUMNS, HIGH, LINE, Block, library
-from .dot import DOT, FEW, dot
+from .dot import DOT, dot
 from .packing import Packing, Simd
 from .pairs import CHAINS, by_exponent, chains, fold, folds, in_chains, pairs, whole_scale
 from .product import load, parts_of, store, sums
@@ -32,8 +32,6 @@ from .vec import LANES, ramp, zeros
 
 CHUNK = 256
 """Rows that share one decoding of a panel."""
-STRIP = 256
-"""Most columns of a panel that are decoded at a time: 32 KiB for 64 rows."""
 AHEAD = 3
 """Steps that a lone tile of rows is ahead of itself in requesting memory; several request the next panel."""
 IN_PLACE = 512
@@ -83,7 +81,7 @@ class _TileProduct:
         self.shared = p.block if p.scale else k  # columns that share scales
         self.row = T.int64(width * 4)  # bytes
         self.padded = (k + COLUMNS - 1) // COLUMNS * COLUMNS  # columns up to the end of the last tile
-        self.strip = min(IN_PLACE if self.in_place else STRIP, self.padded)
+        self.strip = min(IN_PLACE if self.in_place else p.tuning.strip, self.padded)
         self.single, self.double = Block(1, self.vecs, p.pieces), Block(2, 2)
         self.in_chains = in_chains(p)
         self.in_twos = p.pieces == 1 and self.vecs % 2 == 0
@@ -94,7 +92,7 @@ class _TileProduct:
         if self.p.pieces > 1:
             self.by_tiles(out, X, W, S, start, stride, rows, panel, apart, following)
         else:
-            with T.If(rows <= FEW):
+            with T.If(rows <= self.p.tuning.few):
                 with T.Then(), T.serial(0, rows) as r:
                     self.direct(out, X, W, S, start + r * stride, panel, r)
                 with T.Else():
