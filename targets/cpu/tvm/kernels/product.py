@@ -15,7 +15,7 @@ from tvm.script import tirx as T
 
 from dsv4c.ir.dtypes import DType
 
-from .ahead import asking, load_asking
+from .ahead import ask, asking, load_asking
 from .packing import Packing
 from .vec import LANES, ramp, splat, zeros
 
@@ -88,11 +88,16 @@ def panel_product(p: Packing, k: int, width: int):
         for v in range(vecs):
             store(out, row * vecs + v, load(total, v))
 
-    def tile(out, X, values, value_at, S, at, first, columns, panel, s, height, together):
-        """`height` rows from `first` by the columns of step s, whose numbers start at values[value_at]."""
+    def tile(out, X, values, value_at, S, at, first, columns, panel, s, height, together, soon):
+        """`height` rows from `first` by the columns of step s, whose numbers start at values[value_at].
+
+        Lines of the next step, which `soon` places, are requested meanwhile, where numbers are not decoded.
+        """
         with T.serial(0, vecs // together) as q:
             parts = [sums(together) for _ in range(height)]
             with T.serial(0, columns) as c:
+                if soon is not None:
+                    ask(values, soon + c * width)
                 for v in range(together):
                     for r, part in enumerate(parts):
                         number = values[ramp(value_at + c * width + (q * together + v) * LANES)]
@@ -103,7 +108,7 @@ def panel_product(p: Packing, k: int, width: int):
                     place = (first + r) * vecs + vec
                     store(out, place, scaled(load(out, place), load(part, v), S, panel, s, vec))
 
-    def shared(out, X, W, S, at, rows, panel):
+    def shared(out, X, W, S, at, rows, panel, following):
         scratch = None if in_place else T.alloc_buffer((step * width,), "float32")
         with T.serial(0, rows * vecs) as i:
             store(out, i, zeros())
@@ -117,20 +122,26 @@ def panel_product(p: Packing, k: int, width: int):
                         for j in range(group):
                             store(scratch, (g * group + j) * vecs + v, p.decode(lanes, j))
             values, value_at = (W, word * width) if in_place else (scratch, 0)
-            given = (out, X, values, value_at, S, at)
+            given, soon = (out, X, values, value_at, S, at), None
+            if in_place:
+                soon = following * words
+                if not isinstance(s, int):  # which a short step is, the last one
+                    soon = T.if_then_else((s + 1) * step < k, word + step, soon)
+                soon = T.bind(soon * width)
             with T.serial(0, rows // ROWS) as i:
-                tile(*given, i * ROWS, columns, panel, s, ROWS, together)
+                line = None if soon is None else soon + i % vecs * LANES
+                tile(*given, i * ROWS, columns, panel, s, ROWS, together, line)
             with T.serial(0, rows % ROWS) as i:
-                tile(*given, rows // ROWS * ROWS + i, columns, panel, s, 1, vecs)
+                tile(*given, rows // ROWS * ROWS + i, columns, panel, s, 1, vecs, None)
 
         for_each_step(one_step)
 
-    def product(out, X, W, S, R, at, rows, panel, *_):
-        with T.If(rows <= few):
-            with T.Then(), asking(), T.serial(0, rows) as r:
+    def product(out, X, W, S, R, at, rows, panel, _, following):
+        with asking(), T.If(rows <= few):
+            with T.Then(), T.serial(0, rows) as r:
                 direct(out, X, W, S, at(r), panel, r)
             with T.Else():
-                shared(out, X, W, S, at, rows, panel)
+                shared(out, X, W, S, at, rows, panel, following)
         if p.rows:
             with T.serial(0, rows) as r:
                 for v in range(vecs):
