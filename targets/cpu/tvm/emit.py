@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import tempfile
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from dsv4c.runtime.container.several import section_names, share
 from dsv4c.targets.base import Arch, Progress
 from dsv4c.targets.calls import calls_meta
 
+from .cache import kept, key_of
 from .context import Context
 from .fixed import Fixed, add_fixed
 from .kernels.packing import Simd
@@ -79,7 +81,9 @@ def _write_code(
         code, _ = section_names(one.name, one.machine, several)
         programs = {"step": module, **module.parts}
         built[one.name], relax_module = build_programs(programs, simd_of(one), claimed)
-        writer.add_section(code, compile_module(relax_module, cross_attributes(one), linker))
+        cpu = cross_attributes(one)
+        make = functools.partial(compile_module, relax_module, cpu, linker)
+        writer.add_section(code, kept(key_of(relax_module, cpu, linker), make))
     progress("code", len(archs), len(archs))
     host = platform.machine()
     if any(a.machine == host for a in archs):
