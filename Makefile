@@ -49,8 +49,9 @@ lint: $(READY)
 	$(BIN)/mypy
 
 # Two workers share the cores already; a pool of threads in each would only fight over them. All tests of a
-# file go to one worker, so that what they share is made once.
-PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# file go to one worker, so that what they share is made once; files start in the order of tests/order.py.
+PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile \
+  --no-loadscope-reorder
 
 test: lint
 	$(PYTEST)
