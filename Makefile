@@ -49,8 +49,9 @@ lint: $(READY)
 	$(BIN)/mypy
 
 # Two workers share the cores already; a pool of threads in each would only fight over them. All tests of a
-# file go to one worker, so that what they share is made once.
-PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# file go to one worker, so that what they share is made once; files start in the order of tests/order.py.
+PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile \
+  --no-loadscope-reorder
 
 test: lint
 	$(PYTEST)
@@ -72,7 +73,7 @@ test-targets: oracle
 	  tests/test_oracle_flash_shape.py tests/test_gpu_plan.py tests/test_gpu_plan_v41.py \
 	  tests/test_oracle_gpu_kernels.py tests/test_oracle_gpu_kernels_v41.py \
 	  tests/test_oracle_gpu_model.py tests/test_oracle_gpu_build.py tests/test_gpu_roofline.py \
-	  tests/test_gpu_benchmark.py tests/test_oracle_gpu_benchmark.py
+	  tests/test_gpu_benchmark.py tests/test_oracle_gpu_benchmark.py tests/test_archs.py
 
 # Programs that the benchmark compares with; llama.cpp is built here, which takes minutes and a C++ compiler.
 $(RIVALS): benchmarks/rivals-requirements.txt

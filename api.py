@@ -283,7 +283,7 @@ def compile(
     """Compile a checkpoint directory or a module into one artifact file.
 
     Args:
-        target: `name` or `name:arch`, see `dsv4c targets`.
+        target: `name` or `name:arch`, see `dsv4c targets`; "cpu:a+b" is code for both, the weights once.
         numerics: "" is the target's first. "exact" is stored weights dequantised and FP32 arithmetic. "bf16"
             rounds what matrices are multiplied by to BF16 (CPU, format "tvm"), "int8" to INT8 in blocks of 32
             where they are stored as integers or FP4, else to BF16. "reference" rounds where the
@@ -323,7 +323,7 @@ def compile(
             write_golden(lowered.reference, writer, report, TOLERANCES[numerics], form.shows_blocks)
         printed = print_pipeline(lowered.pipeline)
         writer.set_meta("target", chosen.name)
-        writer.set_meta("arch", {"name": arch.name, "machine": arch.machine, "requires": list(arch.requires)})
+        writer.set_meta("arch", arch.facts())
         writer.set_meta("format", form.name)
         writer.set_meta("numerics", numerics)
         writer.set_meta("model", {"name": module.name, **module.meta})

@@ -67,6 +67,13 @@ def threads_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def arch_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--arch", default="", metavar="NAME",
+        help="of an artifact for several processors, whose code to run (default: the best this machine has)",
+    )  # fmt: skip
+
+
 def table_options(parser: argparse._ActionsContainer) -> None:
     """How looked-up tables, such as those of Engram, are read; see `tables_of`."""
     parser.add_argument(

@@ -22,6 +22,7 @@ from dsv4c.runtime.session import DEFAULT_CHUNK
 
 from .base import (
     Command,
+    arch_option,
     check_directory_of,
     integer,
     json_option,
@@ -63,6 +64,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="write the page of dsv4c report with what was measured; with a profile where there can be one",
     )  # fmt: skip
     threads_option(parser)
+    arch_option(parser)
     prefill_option(parser)
     table_options(parser)
     json_option(parser)
@@ -76,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.profile:
         check_profile(artifact)
     context = _context(artifact, args)
-    session = Session(artifact, args.batch, context, args.threads, tables_of(args))
+    session = Session(artifact, args.batch, context, args.threads, tables_of(args), arch=args.arch)
     load = time.perf_counter() - started
     ids = np.random.default_rng(0).integers(0, session.model["vocab_size"], (args.batch, context), np.int32)
     image = session.model.get("vision", {}).get("placeholder", -1)

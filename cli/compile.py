@@ -21,8 +21,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint", metavar="CHECKPOINT", help="directory with config.json and *.safetensors"
     )
     parser.add_argument(
-        "--target", required=True, metavar="T[:ARCH]", help="machine to compile for: dsv4c targets"
-    )
+        "--target", required=True, metavar="T[:ARCH]",
+        help="machine to compile for: dsv4c targets; cpu:A+B and cpu:portable hold code for several",
+    )  # fmt: skip
     parser.add_argument(
         "-o", "--output", required=True, metavar="FILE", help="artifact to write, e.g. m.dsv4"
     )
@@ -149,6 +150,7 @@ COMPILE = Command(
     "at all; the checkpoint is not needed any more to run or to verify it.",
     examples=(
         "dsv4c compile CHECKPOINT --target cpu -o m.dsv4",
+        "dsv4c compile CHECKPOINT --target cpu:portable -o m.dsv4",
         "dsv4c compile CHECKPOINT --target cpu:x86-64-v3 --format onnx -o m.dsv4",
         "dsv4c compile CHECKPOINT --target cpu -o m.dsv4 --dump-ir ir/ --verify-passes",
         'dsv4c compile CHECKPOINT --target cpu -o m.dsv4 --passes "without(fuse_index_select)"',

@@ -11,7 +11,9 @@ import numpy as np
 
 from dsv4c.errors import ToolchainError, UsageError
 from dsv4c.runtime import Artifact
+from dsv4c.runtime.archs import archs_of, lacks, taken
 from dsv4c.runtime.backends import dimension
+from dsv4c.runtime.container.several import section_names
 from dsv4c.runtime.session import DEFAULT_CONTEXT
 
 from .base import Command, integer, json_option
@@ -65,6 +67,7 @@ def artifact_facts(artifact: Artifact, context: int | None = None) -> dict[str, 
         "path": str(artifact.path),
         "file_bytes": artifact.path.stat().st_size,
         **{key: meta[key] for key in ("format", "target", "arch", "numerics", "identity", "model")},
+        "code": _code(artifact),
         "sections": {s.name: s.nbytes for s in artifact.sections.values()},
         "weights": {"bytes": sum(w["bytes"] for w in weights.values()), "dtypes": weights},
         "golden": {"bytes": golden, **meta.get("golden", {})} if golden else None,
@@ -76,6 +79,19 @@ def artifact_facts(artifact: Artifact, context: int | None = None) -> dict[str, 
         "report": meta["report"],
         "plan": meta.get("plan"),
     }
+
+
+def _code(artifact: Artifact) -> list[dict[str, Any]]:
+    """The archs that an artifact of format tvm holds code for, the best first; `lacks` is null where it
+    runs here."""
+    archs = archs_of(artifact) if artifact.meta["format"] == "tvm" else []
+    chosen, rows = taken(artifact), []
+    for a in archs:
+        name, _ = section_names(a["name"], a["machine"], len(archs) > 1)
+        lacking = lacks(a["machine"], a["requires"]) or None
+        nbytes = artifact.sections[name].nbytes
+        rows.append({**a, "bytes": nbytes, "lacks": lacking, "taken": a["name"] == chosen})
+    return rows
 
 
 def _weights(artifact: Artifact) -> tuple[dict[str, dict[str, int]], int]:
@@ -107,7 +123,7 @@ def _states(declared: dict[str, Any], context: int) -> dict[str, dict[str, Any]]
 def _text(facts: dict[str, Any]) -> str:
     arch, weights, states = facts["arch"], facts["weights"], facts["states"]
     head = [
-        ("target", f"{facts['target']}:{arch['name']} ({arch['machine']})"),
+        ("target", f"{facts['target']}:{arch['name']} ({_machines(arch)})"),
         ("format", f"{facts['format']}, numerics {facts['numerics']}"),
         ("identity", facts["identity"][:16]),
         *facts["model"].items(),
@@ -122,6 +138,7 @@ def _text(facts: dict[str, Any]) -> str:
     return "".join((
         f"{facts['path']}: artifact, {size(facts['file_bytes'])}",
         section("model", table(head)),
+        *([section("code for several processors", _archs(facts["code"]))] if len(facts["code"]) > 1 else []),
         section("sections", table([(n, size(b)) for n, b in facts["sections"].items()], right=[1])),
         section(
             f"weights: {size(weights['bytes'])}",
@@ -135,6 +152,19 @@ def _text(facts: dict[str, Any]) -> str:
         *([section("kernels", _kernels(facts["plan"]))] if facts.get("plan") else []),
         section("report", _report(facts["report"])),
     ))  # fmt: skip
+
+
+def _machines(arch: dict[str, Any]) -> str:
+    return ", ".join(dict.fromkeys(a["machine"] for a in arch.get("archs", [arch])))
+
+
+def _archs(code: list[dict[str, Any]]) -> str:
+    rows = [
+        (a["name"], a["machine"], size(a["bytes"]),
+         a["lacks"] or ("taken here" if a["taken"] else "runs here, too"))
+        for a in code
+    ]  # fmt: skip
+    return table(rows, ("arch", "machine", "bytes", ""), right=[2])
 
 
 def _kernels(plan: dict[str, Any]) -> str:

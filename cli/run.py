@@ -18,6 +18,7 @@ from dsv4c.runtime.session import DEFAULT_CHUNK
 
 from .base import (
     Command,
+    arch_option,
     check_directory_of,
     id_list,
     integer,
@@ -67,6 +68,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     session.add_argument("--load-session", metavar="F", help="continue a saved session with the prompt")
     session.add_argument("--save-session", metavar="F", help="save the session after the last token")
     threads_option(session)
+    arch_option(session)
     prefill_option(session)
     table_options(session)
     parser.add_argument("--no-stream", action="store_true", help="print the text at the end, all at once")
@@ -164,7 +166,8 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
 
 
 def _open(args: argparse.Namespace) -> Session:
-    session = Session(Artifact.open(args.file), 1, args.context, args.threads, tables_of(args))
+    artifact = Artifact.open(args.file)
+    session = Session(artifact, 1, args.context, args.threads, tables_of(args), arch=args.arch)
     if args.load_session:
         session.load(args.load_session)
     return session
@@ -251,6 +254,7 @@ def _facts(
         "text": None if args.ids else result.text,
         "finish": result.finish,
         "prefill": result.layers,
+        "arch": session.artifact.meta["arch"]["name"],
         "seed": params.seed,
         "position": int(session.position.max()),
         "context": session.context,

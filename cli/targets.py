@@ -59,6 +59,7 @@ def _target_facts(target: Target, devices: Mapping[str, Device]) -> dict[str, An
             {**_arch_facts(a, devices), "numerics": list(target.numerics_of(a)), "default": a.name == default}
             for a in target.archs
         ],
+        "sets": {name: list(names) for name, names in (target.sets or {}).items()},
         "formats": [
             {
                 "name": f.name,
@@ -107,6 +108,7 @@ def _text(facts: dict[str, Any]) -> str:
         for t in facts["targets"] for f in t["formats"]
     ]  # fmt: skip
     docs = "\n".join(f"{t['name']}: {t['doc']}; numerics {_numerics(t)}" for t in facts["targets"])
+    sets = [(f"{t['name']}:{n}", "+".join(names)) for t in facts["targets"] for n, names in t["sets"].items()]
     linkers = table([(name, found or "not found") for name, found in facts["linkers"].items()])
     return (
         docs
@@ -114,6 +116,7 @@ def _text(facts: dict[str, Any]) -> str:
             f"archs, with published figures; peaks in T operations/s, {UNKNOWN} is not known",
             table(archs, (*header, ""), right=range(2, len(header))),
         )
+        + section("several archs in one artifact, also A+B", table(sets))
         + section("formats", table(formats, ("target", "format", "needs")))
         + section("linkers (one is enough)", linkers)
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dsv4c.errors import UsageError
-from dsv4c.runtime.cpu import cpu_flags, cpu_model
+from dsv4c.runtime.archs import lacks
+from dsv4c.runtime.cpu import cpu_model
 
 from .base import Command, integer, json_option, load_compiler
 from .progress import Bars
@@ -36,13 +36,14 @@ def _run(args: argparse.Namespace) -> int:
     target, arch = load_compiler("dsv4c.targets").parse_target(args.target)
     if target.name != "cpu":
         raise UsageError(f"target {args.target!r}", where="dsv4c tune", allowed="cpu, cpu:ARCH")
-    model, missing = cpu_model(), sorted(set(arch.requires) - cpu_flags())
-    if missing or arch.machine != platform.machine():
-        what = f"lacks {', '.join(missing)}" if missing else f"is {platform.machine()}, not {arch.machine}"
+    if arch.members:
+        raise UsageError(f"several archs: {arch.name}", where="dsv4c tune", allowed="one at a time")
+    if why := lacks(arch.machine, arch.requires):
         raise UsageError(
-            f"this processor {what}", where=f"dsv4c tune --target cpu:{arch.name}",
+            why, where=f"dsv4c tune --target cpu:{arch.name}",
             allowed="an arch that runs here", hint="dsv4c targets lists archs",
         )  # fmt: skip
+    model = cpu_model()
     output = Path(args.output) if args.output else tuning.user_file()
     if not model or output is None:
         what = f"{tuning.VARIABLE} is empty" if model else "this system does not say which processor it has"

@@ -10,11 +10,12 @@ from typing import Any
 
 from dsv4c.errors import UsageError
 from dsv4c.runtime import Artifact
+from dsv4c.runtime.archs import archs_of, taken
 from dsv4c.runtime.rehearsal import rehearse
 from dsv4c.runtime.static_backend import provider_opener
 from dsv4c.runtime.verify import Check, failures, verify
 
-from .base import Command, json_option, threads_option
+from .base import Command, arch_option, json_option, threads_option
 from .show import as_json, table
 
 
@@ -29,6 +30,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--programs", metavar="DIR", help="with --on device: the converted programs")
     threads_option(parser)
+    arch_option(parser)
     json_option(parser)
 
 
@@ -36,9 +38,12 @@ def _run(args: argparse.Namespace) -> int:
     artifact = Artifact.open(args.file, check="full" if args.full else "code")
     if artifact.meta["format"] == "plan" and args.on == "cpu":
         return _rehearse(args, artifact)
-    checks = verify(artifact, args.threads, _opener(args, artifact))
+    checks = verify(artifact, args.threads, _opener(args, artifact), args.arch)
     failed = failures(checks)
-    print(as_json(_facts(checks, failed)) if args.json else _text(checks, failed))
+    arch = args.arch or taken(artifact)
+    print(as_json({"arch": arch, **_facts(checks, failed)}) if args.json else _text(checks, failed))
+    if not args.json and len(archs_of(artifact)) > 1:
+        print(f"by the code for {arch}")
     return 1 if failed else 0
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from dsv4c.errors import ArtifactError, ToolchainError, UsageError
+from dsv4c.errors import ToolchainError, UsageError
 
 from .container import Artifact
-from .cpu import cpu_flags
 from .engram.options import TableOptions
 from .images.rows import ImageRows
 from .undo import Undo
@@ -56,10 +54,9 @@ def dimension(text: str, sizes: dict[str, int]) -> int:
 
 
 def load_backend(artifact: Artifact, threads: int | None, tables: TableOptions | None = None) -> Backend:
-    """The backend of an artifact's format, after checking that this machine can run it."""
+    """The backend of an artifact's format; where it is for processors, of one that `archs.select` gave."""
     if threads is not None and threads < 1:
         raise UsageError(f"threads = {threads}", where="Session", allowed="1 or more")
-    _check_machine(artifact)
     if "static" in artifact.meta.get("onnx", {}):
         from .static_backend import StaticBackend
 
@@ -82,22 +79,3 @@ def load_backend(artifact: Artifact, threads: int | None, tables: TableOptions |
     except ImportError as error:
         raise ToolchainError(f"{error}", hint="pip install apache-tvm-ffi") from error
     return TvmBackend(artifact, threads, tables)
-
-
-def _check_machine(artifact: Artifact) -> None:
-    arch = artifact.meta["arch"]
-    if artifact.meta["format"] != "tvm":
-        return
-    if arch["machine"] != platform.machine():
-        raise ArtifactError(
-            f"compiled for {arch['machine']}, this machine is {platform.machine()}",
-            where=str(artifact.path),
-            hint="compile with --target cpu on this machine",
-        )
-    missing = sorted(set(arch["requires"]) - cpu_flags()) if cpu_flags() else []
-    if missing:
-        raise ArtifactError(
-            f"compiled for {arch['name']}, this CPU lacks {', '.join(missing)}",
-            where=str(artifact.path),
-            hint="compile with --target cpu:x86-64-v3 or cpu:x86-64-v2",
-        )

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from dsv4c.errors import ArtifactError, SessionError, UsageError, unknown
 
 from . import buffers
+from .archs import select
 from .backends import dimension, load_backend
 from .container import Artifact
 from .engram.options import TableOptions
@@ -30,6 +31,7 @@ class LayerSession:
         context: what the symbol `ctx` stands for, where a state has it.
         threads: worker threads; None takes every core.
         tables: how looked-up tables are read; None keeps what the artifact says.
+        arch: which code to take, see `Session`.
 
     Raises:
         ArtifactError: the file is damaged, does not fit this machine, or does not name its inputs.
@@ -38,16 +40,17 @@ class LayerSession:
 
     def __init__(
         self, path: str | os.PathLike[str] | Artifact, batch: int = 1, context: int = 0,
-        threads: int | None = None, tables: TableOptions | None = None,
+        threads: int | None = None, tables: TableOptions | None = None, arch: str = "",
     ) -> None:  # fmt: skip
-        self.artifact = path if isinstance(path, Artifact) else Artifact.open(path)
-        code = self.artifact.meta.get("tvm", {})
+        opened = path if isinstance(path, Artifact) else Artifact.open(path)
+        code = opened.meta.get("tvm", {})
         if "inputs" not in code:
             raise ArtifactError(
-                "does not name its inputs", where=str(self.artifact.path), hint="compile again, to format tvm"
+                "does not name its inputs", where=str(opened.path), hint="compile again, to format tvm"
             )
         if batch < 1:
             raise UsageError(f"batch = {batch}", where="LayerSession", allowed="1 or more")
+        self.artifact = select(opened, arch)
         self.inputs: dict[str, dict[str, Any]] = code["inputs"]
         self.outputs: list[str] = code["outputs"]
         self.sizes = {"B": batch, "ctx": context}

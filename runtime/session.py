@@ -15,6 +15,7 @@ import numpy.typing as npt
 from dsv4c.errors import SessionError, UsageError
 
 from . import buffers, snapshot
+from .archs import select
 from .backends import Backend, Logits, Resident, dimension, load_backend
 from .container import Artifact
 from .engram.options import TableOptions
@@ -41,6 +42,11 @@ class Session:
         threads: worker threads; None takes every core.
         tables: how looked-up tables are read; None keeps what the artifact says.
         backend: who executes steps; None is what the artifact's format says.
+        arch: which code to take where the artifact has some for several processors; "" is the best that
+            this machine has.
+
+    Attributes:
+        artifact: the opened artifact, with the code that was taken.
 
     Raises:
         ArtifactError: the file is damaged or does not fit this machine.
@@ -55,8 +61,9 @@ class Session:
         threads: int | None = None,
         tables: TableOptions | None = None,
         backend: Backend | None = None,
+        arch: str = "",
     ) -> None:
-        self.artifact = path if isinstance(path, Artifact) else Artifact.open(path)
+        self.artifact = select(path if isinstance(path, Artifact) else Artifact.open(path), arch)
         self.model: dict[str, Any] = self.artifact.meta["model"]
         longest = int(self.model["max_positions"])
         if batch < 1:

@@ -6,6 +6,7 @@ Needs `tvm_ffi` and nothing else of TVM. State and weights are handed over witho
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import importlib.util
 import os
 import tempfile
@@ -214,28 +215,51 @@ def _load_runtime(artifact: Artifact) -> None:
     if _loaded or tvm_ffi.get_global_func("runtime.config_threadpool", allow_missing=True) is not None:
         return
     if "tvm_runtime" not in artifact.sections:
-        raise ArtifactError(
-            "it was cross-compiled and carries no TVM runtime",
-            where=str(artifact.path),
-            hint="build libtvm_runtime.so for this machine and put it on LD_PRELOAD",
-        )
+        _load_installed(artifact)
+        return
     code = artifact.section("tvm_runtime")
     with tempfile.TemporaryDirectory(prefix="dsv4c-") as directory:
-        path = _installed_runtime(code)
-        if path is None:
+        # the installed one where it is the same: the compiler loads that, and two copies abort a process
+        path = _installed_runtime()
+        if path is None or path.read_bytes() != code:
             path = Path(directory) / "libtvm_runtime.so"
             path.write_bytes(code)
-        try:
-            _loaded["tvm"] = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
-        except OSError as error:
-            raise ArtifactError(f"TVM's runtime does not load: {error}", where=str(artifact.path)) from error
+        _load(path, artifact)
 
 
-def _installed_runtime(code: bytes) -> Path | None:
-    """The same library where the compiler is installed too, or None.
+def _load(path: Path, artifact: Artifact) -> None:
+    try:
+        _loaded["tvm"] = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise ArtifactError(f"TVM's runtime does not load: {error}", where=str(artifact.path)) from error
 
-    A second copy in one process would abort it as soon as the compiler loads its own.
+
+def _load_installed(artifact: Artifact) -> None:
+    """Load the runtime of an installed TVM, for code that was compiled on a machine of another kind.
+
+    Raises:
+        ArtifactError: there is none of the version that compiled the code.
     """
+    wanted, path = artifact.meta["tvm"].get("version", ""), _installed_runtime()
+    if path is None or _version() != wanted:
+        package = f"apache-tvm=={wanted}" if wanted else "apache-tvm"
+        raise ArtifactError(
+            "it was compiled on a machine of another kind and carries no TVM runtime for this one",
+            where=str(artifact.path), allowed=f"one that is installed: {package}",
+            hint=f'pip install "{package}"; of it the runtime library is loaded, not the compiler',
+        )  # fmt: skip
+    _load(path, artifact)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("apache-tvm")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _installed_runtime() -> Path | None:
+    """TVM's runtime library where the compiler is installed too, or None."""
     try:
         found = importlib.util.find_spec("tvm")
     except ImportError:  # whoever looks modules up may refuse this one
@@ -243,4 +267,4 @@ def _installed_runtime(code: bytes) -> Path | None:
     if found is None or found.origin is None:
         return None
     path = Path(found.origin).parent / "lib" / "libtvm_runtime.so"
-    return path if path.is_file() and path.read_bytes() == code else None
+    return path if path.is_file() else None

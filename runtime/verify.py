@@ -68,7 +68,9 @@ def failures(checks: Sequence[Check]) -> list[Check]:
     return [c for c in checks if not c.ok or (nothing and c in judged)]
 
 
-def verify(artifact: Artifact, threads: int | None = None, opener: Opener | None = None) -> list[Check]:
+def verify(
+    artifact: Artifact, threads: int | None = None, opener: Opener | None = None, arch: str = ""
+) -> list[Check]:
     """Run the golden prompt; per layer its state and, where programs show them, its streams; then the logits.
 
     What a layer leaves depends on nothing but the layers before it, so the first failing check names the
@@ -77,6 +79,7 @@ def verify(artifact: Artifact, threads: int | None = None, opener: Opener | None
     Args:
         opener: who runs the programs of an artifact of fixed shapes; None is ONNX Runtime on this machine,
             which alone can show streams.
+        arch: whose code to run, see `Session`; every arch is held to the same vectors.
 
     Raises:
         ArtifactError: the artifact was compiled without golden vectors, or does not have room for them.
@@ -85,7 +88,7 @@ def verify(artifact: Artifact, threads: int | None = None, opener: Opener | None
         raise ArtifactError(
             "has no golden vectors", where=str(artifact.path), hint="compile without --no-golden"
         )
-    session = _session(artifact, len(artifact.array("golden.tokens")), threads, opener)
+    session = _session(artifact, len(artifact.array("golden.tokens")), threads, opener, arch)
     logits, streams = [], dict[str, list[Arr]]()
     for fed, given in golden_calls(session):
         logits.append(session.step(fed, images=given)[0])
@@ -130,11 +133,13 @@ def golden_tower(session: Session) -> Arr | None:
     return rows
 
 
-def _session(artifact: Artifact, count: int, threads: int | None, opener: Opener | None) -> Session:
+def _session(
+    artifact: Artifact, count: int, threads: int | None, opener: Opener | None, arch: str
+) -> Session:
     """A session with room for the golden prompt."""
     static = artifact.meta.get("onnx", {}).get("static")
     if not static:
-        return Session(artifact, context=count, threads=threads)
+        return Session(artifact, context=count, threads=threads, arch=arch)
     if static["context"] < count:
         raise ArtifactError(
             f"was compiled for {static['context']} positions, its golden prompt has {count}",
@@ -143,7 +148,7 @@ def _session(artifact: Artifact, count: int, threads: int | None, opener: Opener
     from .static_backend import StaticBackend
 
     backend = StaticBackend(artifact, threads, probe=opener is None, opener=opener)
-    return Session(artifact, backend.batch, backend.context, backend=backend)
+    return Session(artifact, backend.batch, backend.context, backend=backend, arch=arch)
 
 
 def _in_order(artifact: Artifact, found: Mapping[str, Arr]) -> list[str]:

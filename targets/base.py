@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsv4c.errors import TargetError, unknown
 from dsv4c.ir.graph import Module, Op
@@ -33,6 +33,7 @@ class Arch:
         device: the name of the device in `hardware.json`; "" where nothing is estimated.
         numerics: what it offers in place of its target's numerics; None where it offers those.
         dialect: the ONNX it takes, where that is not its target's.
+        members: where it stands for several, those, the best first; else nothing.
     """
 
     name: str
@@ -42,6 +43,16 @@ class Arch:
     device: str = ""
     numerics: Mapping[str, str] | None = None
     dialect: Callable[[], Dialect] | None = None
+    members: tuple[Arch, ...] = ()
+
+    def each(self) -> tuple[Arch, ...]:
+        """The archs it stands for, the best first; itself where it is one."""
+        return self.members or (self,)
+
+    def facts(self) -> dict[str, Any]:
+        """What an artifact says of it; a session chooses by it."""
+        own = {"name": self.name, "machine": self.machine, "requires": list(self.requires)}
+        return own | ({"archs": [m.facts() for m in self.members]} if self.members else {})
 
     def sold_as(self, name: str) -> bool:
         """Whether its attributes name a machine so, in whatever case: "h100", "RTX 4090"."""
@@ -90,10 +101,13 @@ class Target:
     """A family of machines. Raises `TargetError` when it contradicts itself.
 
     Attributes:
+        archs: where an artifact may hold code for several, the best first.
         ops: what may reach an emitter, whatever the format.
         numerics: name -> passes to run in front of a format's pipeline, as text; behind the word `default`
             may stand edits of that pipeline. An arch may have its own, and so may a format.
         dialect: the ONNX it takes, where it takes any of fixed shapes; an arch may have its own.
+        sets: names for several archs of one artifact, all with the target's own numerics; None where an
+            artifact holds code for one arch.
     """
 
     name: str
@@ -104,14 +118,17 @@ class Target:
     default_arch: Callable[[], str]
     numerics: Mapping[str, str] = field(default_factory=lambda: {"exact": ""})
     dialect: Callable[[], Dialect] | None = None
+    sets: Mapping[str, tuple[str, ...]] | None = None
 
     def __post_init__(self) -> None:
         for what, names in (
-            ("arch", [a.name for a in self.archs]),
+            ("arch", [a.name for a in self.archs] + list(self.sets or ())),
             ("format", [f.name for f in self.formats]),
         ):
             if not names or len(set(names)) != len(names):
                 raise TargetError(f"{what}s must be distinct and at least one, got {names}", where=self.name)
+        for name in self.sets or ():
+            self.arch(name)
 
     def numerics_of(self, arch: Arch, form: Format | None = None) -> Mapping[str, str]:
         """The numerics of an arch in a format, the default first; None is the first format."""
@@ -126,12 +143,39 @@ class Target:
         return found() if found else None
 
     def arch(self, name: str) -> Arch:
-        """The arch of that name; "" is the default one."""
+        """The arch of that name; "" is the default one, and "a+b", or the name of a set, several in one.
+
+        Raises:
+            TargetError: a name is unknown or stands twice, or an artifact holds code for one arch only.
+        """
         name = name or self.default_arch()
+        if "+" in name or name in (self.sets or ()):
+            return self._several(name)
+        return self._one(name)
+
+    def _several(self, text: str) -> Arch:
+        if self.sets is None:
+            raise TargetError(
+                f"several archs: {text}", where=self.name, allowed="one, as an artifact holds code for one",
+                hint="compile an artifact for each",
+            )  # fmt: skip
+        parts = text.split("+")
+        names = [name for part in parts for name in self.sets.get(part, (part,))]
+        wanted = {self._one(name).name for name in names}
+        if twice := [name for name in wanted if names.count(name) > 1]:
+            raise TargetError(
+                f"arch {min(twice)} stands twice in {text}", where=self.name, allowed="each arch once"
+            )
+        members = tuple(a for a in self.archs if a.name in wanted)
+        called = text if len(parts) == 1 else "+".join(a.name for a in members)
+        return Arch(called, {}, machine="", members=members)
+
+    def _one(self, name: str) -> Arch:
         for arch in self.archs:
             if arch.name == name:
                 return arch
-        error = unknown("arch", name, [a.name for a in self.archs], TargetError, self.name)
+        known = [*(a.name for a in self.archs), *(self.sets or ())]
+        error = unknown("arch", name, known, TargetError, self.name)
         meant = [a for a in self.archs if a.sold_as(name)]
         raise error if not meant else TargetError(
             f"unknown arch {name!r}", where=self.name, allowed=error.allowed,

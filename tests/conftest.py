@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from order import long_ones_first
 from test_model_harness import Models
 
 from dsv4c.api import load_checkpoint
@@ -14,6 +15,11 @@ from dsv4c.ir.graph import Module
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bless", action="store_true", help="rewrite the expectations of tests/filetests/*.ir")
+
+
+@pytest.hookimpl(trylast=True)  # when it is known which tests run
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    long_ones_first(items)
 
 
 @pytest.fixture(scope="session")

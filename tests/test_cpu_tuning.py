@@ -187,7 +187,8 @@ def test_refusals(
 ) -> None:
     for words, message in (
         (("--target", "ascend"), "allowed: cpu, cpu:ARCH"),
-        (("--target", "cpu:aarch64" if HOST[0] != "aarch64" else "cpu:x86-64-v2"), "this processor"),
+        (("--target", "cpu:aarch64" if HOST[0] != "aarch64" else "cpu:x86-64-v2"), "this machine is" if HOST[0] != "aarch64" else "x86"),
+        (("--target", "cpu:portable"), "one at a time"),
         (("--rounds", "0"), "is not an integer of at least 1"),
     ):
         code, _, err = call("tune", *words)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from order import LONG
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("cli", "frontend", "ir", "passes", "runtime", "targets")
@@ -184,6 +185,11 @@ def test_the_root_imports_nothing_until_asked() -> None:
         """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_the_files_that_start_first_exist() -> None:
+    assert len(set(LONG)) == len(LONG)
+    refuse([f"{name} is in tests/order.py" for name in LONG if not (ROOT / "tests" / f"{name}.py").exists()])
 
 
 def test_files_stay_short() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from dsv4c.cli.kernels import HEAD, NUMBERS, kernel_rows, step_sentences
 from dsv4c.cli.show import size
 from dsv4c.runtime import Artifact
+from dsv4c.runtime.archs import archs_of
 
 from . import charts
 from .ceilings import Ceilings
@@ -48,10 +49,12 @@ def render(artifact: Artifact, ceilings: Ceilings) -> str:
 
 
 def _summary(artifact: Artifact) -> str:
-    meta = artifact.meta
+    meta, archs = artifact.meta, [a["name"] for a in archs_of(artifact)]
+    several = f", code for {', '.join(archs)}, of which a machine takes the first that it has"
     return (
         f"{artifact.path.name}: {size(artifact.path.stat().st_size)}, {meta['format']} artifact, "
         f"{meta['numerics']} numerics, compiled in {meta['report']['seconds']:.1f} s"
+        + (several if len(archs) > 1 else "")
     )
 
 

@@ -32,8 +32,11 @@ ARCHS = (
     Arch("aarch64", {"mtriple": "aarch64-linux-gnu", "mcpu": "generic"}, (), "aarch64"),
 )
 """The psABI levels, the fourth with dot products (Zen 4, Cooper Lake and later) and with tile registers
-(Sapphire Rapids and later), and generic 64-bit ARM; an
-artifact runs on every machine that has its arch's features."""
+(Sapphire Rapids and later), and generic 64-bit ARM. An artifact runs on every machine that has its arch's
+features; the best stand first, and of an artifact for several a machine takes the first that it has."""
+
+PORTABLE = ("x86-64-v4-amx", "x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", "aarch64")
+"""All but x86-64-v2: what lacks AVX2 is older than 2013."""
 
 _ENGRAM = frozenset({"stream_norm", "short_conv", "engram_prefetch", "engram_fetch"})
 """What only the TVM emitter takes so far: a variant's convolution, and tables in a store."""
@@ -112,4 +115,5 @@ CPU = Target(
         "int8": INT8,
         "reference": "apply_reference_rounding",
     },
+    sets={"portable": PORTABLE},
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import tempfile
 from collections.abc import Mapping
@@ -16,16 +17,19 @@ from dsv4c.errors import TargetError, ToolchainError, unknown
 from dsv4c.ir.dims import Dim, evaluate
 from dsv4c.ir.graph import Module
 from dsv4c.ir.weights import TensorStore, WeightExpr, stream
+from dsv4c.runtime.archs import lacks
 from dsv4c.runtime.container import ArtifactWriter
-from dsv4c.runtime.cpu import cpu_flags, cpu_model
+from dsv4c.runtime.container.several import section_names, share
+from dsv4c.runtime.cpu import cpu_model
 from dsv4c.targets.base import Arch, Progress
 from dsv4c.targets.calls import calls_meta
 from dsv4c.targets.cpu.tuning import DEFAULT, Tuning, tuning_for
 
+from .cache import kept, key_of
 from .context import Context
 from .fixed import Fixed, add_fixed
 from .kernels.packing import Simd
-from .link import find_linker
+from .link import Linker, find_linker
 from .lowering import LOWERINGS
 from .probes import probes, probes_meta
 from .tables import state_writes, tables_meta, write_table
@@ -34,24 +38,20 @@ from .tables import state_writes, tables_meta, write_table
 def emit_tvm(
     module: Module, store: TensorStore, writer: ArtifactWriter, arch: Arch, progress: Progress
 ) -> None:
-    """Write sections `code` and `tvm_runtime`, the packed weights, and meta `tvm`.
+    """Write the code of every arch that `arch` stands for, the packed weights once, and meta `tvm`.
 
     Each of `module.parts` is a function of its name in the same code; how it is called stands in meta
-    `tvm.parts`.
+    `tvm.parts`. How code for several archs lies in an artifact stands in
+    `runtime.container.several`.
 
     Raises:
         TargetError: an op has no lowering.
         ToolchainError: no linker is found.
     """
-    tuning = tuning_for(arch.name, cpu_model() if runs_here(arch) else "")
-    built, relax_module = build_programs({"step": module, **module.parts}, simd_of(arch), tuning)
-    progress("code", 0, 1)
-    writer.add_section("code", compile_module(relax_module, cross_attributes(arch)))
-    progress("code", 1, 1)
-    weights = {name: expr for context in built.values() for name, (_, expr) in context.packed.items()}
-    if arch.machine == platform.machine():
-        writer.add_section("tvm_runtime", _runtime_library().read_bytes())
-    tables = {name: table for context in built.values() for name, table in context.tables.items()}
+    built = _write_code(module, writer, arch, progress)
+    contexts = [context for programs in built.values() for context in programs.values()]
+    weights = {name: expr for context in contexts for name, (_, expr) in context.packed.items()}
+    tables = {name: table for context in contexts for name, table in context.tables.items()}
     total = sum(expr.nbytes for expr in weights.values()) + sum(t.layout.nbytes for t in tables.values())
     done = 0
     for name, expr in weights.items():
@@ -63,13 +63,50 @@ def emit_tvm(
         for nbytes in write_table(table, module.store or store, writer):
             done += nbytes
             progress("weights", done, total)
-    writer.set_meta("tables", tables_meta(built["step"].tables))
-    parts = {name: _facts(part, built[name]) for name, part in module.parts.items()}
-    more = {
-        "writes": state_writes(module), "parts": parts, "probes": probes_meta(simd_of(arch)),
-        "tuning": asdict(tuning),
+    writer.set_meta("tables", tables_meta(contexts[0].tables))
+    each = {a.name: _arch_facts(module, built[a.name], a) for a in arch.each()}
+    writer.set_meta("tvm", share(each) if arch.members else each[arch.name])
+
+
+def _write_code(
+    module: Module, writer: ArtifactWriter, arch: Arch, progress: Progress
+) -> dict[str, dict[str, Context]]:
+    """The sections of code and of TVM's runtime; returns the programs of every arch by its name.
+
+    A weight that archs read in one layout is one parameter of all of them; in another layout it gets another
+    name, and is packed once more.
+    """
+    archs, several = arch.each(), bool(arch.members)
+    linkers = [find_linker(cross_attributes(a).get("mtriple")) for a in archs]  # complains early
+    claimed: dict[str, WeightExpr] = {}
+    built: dict[str, dict[str, Context]] = {}
+    for done, (one, linker) in enumerate(zip(archs, linkers, strict=True)):
+        progress("code", done, len(archs))
+        code, _ = section_names(one.name, one.machine, several)
+        programs = {"step": module, **module.parts}
+        built[one.name], relax_module = build_programs(programs, simd_of(one), claimed, _tuning(one))
+        cpu = cross_attributes(one)
+        make = functools.partial(compile_module, relax_module, cpu, linker)
+        writer.add_section(code, kept(key_of(relax_module, cpu, linker), make))
+    progress("code", len(archs), len(archs))
+    host = platform.machine()
+    if any(a.machine == host for a in archs):
+        writer.add_section(section_names("", host, several)[1], _runtime_library().read_bytes())
+    return built
+
+
+def _arch_facts(module: Module, built: Mapping[str, Context], arch: Arch) -> dict[str, Any]:
+    """What meta `tvm` says of the programs of one arch."""
+    return _facts(module, built["step"]) | {
+        "writes": state_writes(module), "probes": probes_meta(simd_of(arch)), "version": tvm.__version__,
+        "parts": {name: _facts(part, built[name]) for name, part in module.parts.items()},
+        "tuning": asdict(_tuning(arch)),
     }  # fmt: skip
-    writer.set_meta("tvm", _facts(module, built["step"]) | more)
+
+
+def _tuning(arch: Arch) -> Tuning:
+    """Of an arch that runs here, what is known for this processor."""
+    return tuning_for(arch.name, "" if lacks(arch.machine, arch.requires) else cpu_model())
 
 
 def _facts(module: Module, context: Context) -> dict[str, Any]:
@@ -106,13 +143,17 @@ def build_relax(module: Module, simd: Simd = Simd.NONE) -> tuple[Context, Any]:
 
 
 def build_programs(
-    programs: Mapping[str, Module], simd: Simd, tuning: Tuning = DEFAULT
-) -> tuple[dict[str, Context], Any]:
+    programs: Mapping[str, Module], simd: Simd, claimed: dict[str, WeightExpr] | None = None,
+    tuning: Tuning = DEFAULT,
+) -> tuple[dict[str, Context], Any]:  # fmt: skip
     """One Relax module with a function per program; kernels and equal parameters are shared.
 
     The program `step` has a second function, `step_one`, for one token of one sequence, where it can.
+
+    Args:
+        claimed: parameters that the artifact has already; what these programs read is added.
     """
-    builder, kernels, claimed = relax.BlockBuilder(), dict[Any, Any](), dict[str, WeightExpr]()
+    builder, kernels, claimed = relax.BlockBuilder(), dict[Any, Any](), {} if claimed is None else claimed
     built: dict[str, Context] = {}
     for name, module in programs.items():
         shapes = [v.type.shape for v in module.arguments().values()]
@@ -154,11 +195,6 @@ def results_of(module: Module) -> list[str]:
     return [name for name in module.outputs if name not in module.states]
 
 
-def runs_here(arch: Arch) -> bool:
-    """Whether this machine has what an arch requires."""
-    return arch.machine == platform.machine() and cpu_flags().issuperset(arch.requires)
-
-
 def simd_of(arch: Arch) -> Simd:
     """The best vector instructions that every machine of an arch has."""
     if arch.machine == "aarch64":
@@ -184,13 +220,12 @@ def _identifier(name: str) -> str:
     return name.replace(".", "_")
 
 
-def compile_module(relax_module: Any, cpu: dict[str, Any]) -> bytes:
+def compile_module(relax_module: Any, cpu: dict[str, Any], link: Linker) -> bytes:
     """Compile and link; returns the bytes of the shared object.
 
     Raises:
-        ToolchainError: there is neither a C compiler nor the ziglang wheel.
+        ToolchainError: linking fails.
     """
-    link = find_linker(cpu.get("mtriple"))
     target = tvm.target.Target({"kind": "llvm", **cpu})
     executable = tvm.compile(relax_module, target=target)
     with tempfile.TemporaryDirectory(prefix="dsv4c-") as directory:
