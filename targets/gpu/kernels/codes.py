@@ -27,7 +27,11 @@ _LIFT = tl.constexpr(6)
 
 @triton.jit
 def typed(codes, ROWS: tl.constexpr):
-    """Bytes, or a pointer to bytes, as the numbers that the matrix units take."""
+    """Bytes, or a pointer to bytes, as the numbers that the matrix units take.
+
+    Rows are loaded by a pointer to numbers: bytes that are cast behind the load go to tensor memory on
+    sm_100a, where Triton 3.9 made an empty kernel of products of 32 columns (2026-11-29).
+    """
     if codes.dtype.is_ptr():
         if ROWS == INT8:
             return codes.to(tl.pointer_type(tl.int8))
