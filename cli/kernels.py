@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dsv4c.runtime.container.costs import codes_of
+
 Facts = dict[str, Any]
 
 HEAD = (
@@ -36,10 +38,14 @@ def step_sentences(plan: Facts) -> list[str]:
     if not roofline:
         return []
     device = roofline["device"]
-    figures = (
-        f"{device['name']}, {_figure(device['bandwidth'], 1e9, 'GB/s')}, "
-        f"{_figure(device['bf16'], 1e12, 'TFLOP/s of BF16')}, {_figure(device['f32'], 1e12, 'of FP32')}"
-    )
+    multiplied = {codes_of(kernel["constants"]) for kernel in plan["kernels"]}
+    codes = [name for name in ("fp8", "int8") if name in multiplied]
+    figures = ", ".join((
+        device["name"], _figure(device["bandwidth"], 1e9, "GB/s"),
+        _figure(device["bf16"], 1e12, "TFLOP/s of BF16"),
+        *(_figure(device.get(name), 1e12, f"of {name.upper()}") for name in codes),
+        _figure(device["f32"], 1e12, "of FP32"),
+    ))  # fmt: skip
     out = [f"Least times by the published figures of {figures}; operations and bytes by the meaning of ops."]
     for name, step in roofline["steps"].items():
         moved = (step["weight_bytes"] + step["data_bytes"]) / 1e6

@@ -100,6 +100,8 @@ _EXPERTS = {
     "mxfp8": _expert_of(_as_is, lambda x: _round(x, "e4m3", 32)),
     "bf16_rows": _expert_of(_as_is, _to_bf16),
     "int8_rows": _expert_of(_as_is, lambda x: _round(x, "int8", 32)),
+    "e4m3_rows": _expert_of(_as_is, lambda x: _round(x, "e4m3", bind="codes")),
+    "int8_token": _expert_of(_as_is, lambda x: _round(x, "int8", 0)),
 }
 """What an expert looks like, by the `rounding` of the `expert_mlp` that it becomes."""
 

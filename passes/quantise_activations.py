@@ -47,6 +47,8 @@ class Rule:
 _INT8 = frozenset({"int8"})
 _INTEGERS = frozenset({"int8", "int4", "int4_g64", "int4_g128", "mxfp4", "nvfp4"})
 """Schemes whose codes are integers, or halves of them."""
+_PLAIN = ("bf16", "fp16")
+"""Roundings without a scale."""
 
 RULES = {
     "int8_token": Rule("int8", 0, _INT8),
@@ -56,6 +58,10 @@ RULES = {
         ops=frozenset({"linear", "grouped_linear"}), spares=frozenset({"router"}),
     ),
     "mxfp8": Rule("e4m3", 32, frozenset({"fp8", "fp8_f32", "mxfp8", "mxfp4"}), experts="mxfp8"),
+    "e4m3": Rule(
+        "e4m3", 128, frozenset({"fp8", "fp8_f32", "fp8_fnuz", "mxfp8", "mxfp4"}), experts="e4m3_rows"
+    ),
+    "w8a8": Rule("int8", 0, _INT8, experts="int8_token"),
     "fp16": Rule(
         "fp16", 0, frozenset({"fp16"}), after="fp16", experts="fp16",
         ops=frozenset({"linear", "grouped_linear"}),
@@ -75,10 +81,12 @@ quantise from BF16 and whose product of codes gives BF16. `int8` has a scale for
 so that a block's product is an integer, times two scales; products whose rows another rule has rounded stay
 what they are, so that `bf16` behind it takes what is left. `mxfp8` rounds inputs to E4M3 with a power of two
 for every 32 channels (specification 3.2 with smaller blocks); like the published code it leaves the input of
-the grouped product alone. `fp16` is a product of FP16 numbers whose result is one. `bf16_fp8` rounds inputs
-and results of products with E4M3 and E2M1 matrices to BF16, for nodes that take and give that. `bf16` rounds
-inputs to BF16, as the published code does, for products of BF16 numbers with FP32 sums, and leaves the choice
-of experts alone."""
+the grouped product alone. `e4m3` is the same in blocks of 128, as the published code has it, and `w8a8` is
+`int8_token` with routed experts: both for kernels that multiply codes. `fp16` is a product of FP16 numbers
+whose result is one. `bf16_fp8` rounds inputs and results of products with E4M3 and E2M1 matrices to BF16, for
+nodes that take and give that. `bf16` rounds inputs to BF16, as the published code does, for products of BF16
+numbers with FP32 sums, and leaves the choice of experts alone. Rules without scales leave inputs alone that
+another rule has made codes of."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,10 @@ class _Run:
                 self._round_input(op)
             op.attrs["rounding"] = rule.experts
             self.linears += 1
-        elif op.name in rule.ops and op.attrs["inputs"] in ("any", rule.inputs) and _qualifies(op, rule):
+        elif (
+            op.name in rule.ops and op.attrs["inputs"] in ("any", rule.inputs) and _qualifies(op, rule)
+            and not _is_coded(op.operands[0], rule)
+        ):  # fmt: skip
             source = op.operands[0].producer
             there = _is_rounded(op.operands[0], rule) or _is_rounded_dispatch(source, rule)
             done = there and source not in self.dispatches and _result_is_rounded(op, rule)
@@ -164,6 +175,7 @@ class _Run:
         return (
             bool(readers)
             and not _is_rounded(dispatch.operands[0], self.rule)
+            and not _is_coded(dispatch.operands[0], self.rule)
             and all(at == 0 and op.name == "linear" and _qualifies(op, self.rule) for op, at in readers)
         )
 
@@ -224,6 +236,15 @@ def _is_rounded(x: Value, rule: Rule) -> bool:
     if op is None or op.name != "round_values" or op.attrs["channels"] != 0:
         return False
     return (op.attrs["rule"], op.attrs["block"]) == (rule.rounding, rule.block)
+
+
+def _is_coded(x: Value, rule: Rule) -> bool:
+    """Whether `x` is codes by another rule, which one without scales must not round again."""
+    op = x.producer
+    if op is not None and op.name == "dispatch":
+        op = op.operands[0].producer
+    coded = op is not None and op.name == "round_values" and op.attrs["rule"] not in _PLAIN
+    return coded and rule.rounding in _PLAIN
 
 
 def _result_is_rounded(op: Op, rule: Rule) -> bool:

@@ -23,9 +23,9 @@ GOLDEN_CALLS = (17, 1, 1, 1, 8)
 """How the golden prompt is cut into calls: a chunk, single tokens, and a chunk after them."""
 
 
-TOLERANCES = {"exact": 1e-4, "half": 5e-3, "bf16": 2e-2, "int8": 2e-2, "fast": 2e-2}
+TOLERANCES = {"exact": 1e-4, "half": 5e-3, "bf16": 2e-2, "fp8": 2e-2, "int8": 2e-2, "fast": 2e-2}
 """Where numbers are rounded, sums in another order may fall on the other side of a step, and later tokens
-and layers inherit it. A step is 1/127 of the largest input of a token in INT8, 1/8 of a number in MXFP8, and
+and layers inherit it. A step is 1/127 of the largest input of a token in INT8, 1/8 of a number in FP8, and
 1/1024 of it in FP16."""
 
 

@@ -19,6 +19,7 @@ from dsv4c.ir.levels import Level
 from dsv4c.passes import parse_pipeline, run_pipeline
 from dsv4c.runtime.container import ArtifactWriter
 from dsv4c.runtime.gpu_backend import GpuBackend
+from dsv4c.targets import parse_target
 from dsv4c.targets.base import Arch
 from dsv4c.targets.gpu.emit import emit_draft
 from dsv4c.targets.gpu.ops import PLAN_PIPELINE
@@ -39,6 +40,13 @@ def lowered(checkpoint: Path | Module, front: str = "") -> Module:
         run_pipeline(part, parse_pipeline(PLAN_PIPELINE.rpartition(",plan_memory")[0]))
         part.level = Level.TARGET
     return module
+
+
+def in_numerics(numerics: str, target: str, checkpoint: str = "v4") -> Module:
+    """A golden checkpoint at level TARGET as `--numerics` makes it."""
+    family, arch = parse_target(target)
+    _, passes = api.in_numerics(family, arch, family.format("plan"), numerics)
+    return api.lower(api.load_checkpoint(GOLDEN / checkpoint), target, "plan", passes=passes).module
 
 
 def write_draft(module: Module, store: Any, path: Path, arch: str = "sm_90a") -> Path:
@@ -205,6 +213,7 @@ __all__ = [
     "GpuBackend",
     "Interpreter",
     "check_case",
+    "in_numerics",
     "interpreter",
     "lowered",
     "quiet",

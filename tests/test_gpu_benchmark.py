@@ -136,6 +136,27 @@ def test_a_card_without_the_library_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     assert ceilings.matrix_rate(device, meter, Filler(plan, device, meter), "hip")[0] is None
 
 
+@pytest.mark.parametrize(("factors", "source"), [("bf16", "cuBLAS"), ("int8", "cuBLAS"), ("fp8", "cuBLASLt")])
+def test_one_large_product_of_every_kind(
+    monkeypatch: pytest.MonkeyPatch, factors: str, source: str
+) -> None:
+    """Two that warm up and twelve that count, each a millisecond by the clock of the stand-in."""
+    called: list[str] = []
+
+    class Library:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *given: called.append(name) or 0
+
+    plan, _ = loaded(small()[0])
+    device, meter = open_meter(plan, "m.dsv4", False, FakeDriver())
+    monkeypatch.setattr(ceilings, "find_cublas", lambda *name: Library())
+    monkeypatch.setattr(ceilings, "SIDE", 64)
+    filler = Filler(plan, device, meter)
+    rate, found = ceilings.matrix_rate(device, meter, filler, "cuda", factors)
+    assert rate == pytest.approx(2 * 64**3 / 0.001) and found == f"{source}, 64 x 64 x 64"
+    assert called.count("cublasLtMatmul" if factors == "fp8" else "cublasGemmEx") == 14
+
+
 # -------------------------------------------------------------------------------- made-up weights
 
 
@@ -218,6 +239,20 @@ def test_goals_of_decode_and_of_many_tokens() -> None:
     assert "| linear: of copy bandwidth | 80 % | 85 % | met |" in text
 
 
+def test_products_of_codes_are_held_to_their_own_peak() -> None:
+    rates = dataclasses.replace(RATES, fp8=2000.0)
+    rows = [
+        Row("expert_up_codes", 1, 1.0, 1600, 10, 0.8, "compute", "fp8"),
+        Row("expert_down_codes", 1, 1.0, 1200, 10, 0.6, "compute", "fp8"),
+        Row("linear", 1, 1.0, 500, 10, 0.5, "compute"),
+    ]  # fmt: skip
+    (goal,) = goals_of("prefill", 4096, rows, rates)
+    assert goal.name == "grouped products at 4096 tokens: of the FP8 matrix peak"
+    assert goal.reached == pytest.approx(0.7) and goal.verdict == "met"
+    lines = table(rows, rates).split("\n")
+    assert "| 80 % | compute |" in lines[2] and "| 50 % | compute |" in lines[4]
+
+
 def test_bytes_of_experts_are_those_that_were_chosen(whole: tuple[Draft, list[Any]]) -> None:
     plan = whole[0].plan
     program = plan.programs[0]
@@ -245,8 +280,7 @@ def test_as_many_layers_as_fit(whole: tuple[Draft, list[Any]]) -> None:
 # ------------------------------------------------------------------------------------- the bundle
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_directory: Path) -> Path:
+def packed(output: Path, golden: Path, numerics: str = "bf16") -> Path:
     """A small bundle whose objects are four bytes each, so that no compiler of kernels is needed."""
 
     def fake(kernels: Any, target: Any, cache: Any = None, progress: Any = None) -> Built:
@@ -254,12 +288,16 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_directory: Path) -> Pa
         made = [dataclasses.replace(k, entry=k.name, nbytes=4, facts=facts) for k in kernels]
         return Built(tuple(made), b"code", 13, 0)
 
-    output = tmp_path_factory.mktemp("carried") / "gpu"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(emit, "build", fake)
         patch.setattr(api, "_check_packages", lambda form: None)
-        assert pack_bundle(["sm_90a"], output, tiny_directory, CONFIG, 4) < 64 << 20
+        assert pack_bundle(["sm_90a"], output, golden, CONFIG, 4, numerics) < 64 << 20
     return output
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_directory: Path) -> Path:
+    return packed(tmp_path_factory.mktemp("carried") / "gpu", tiny_directory)
 
 
 def there(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -310,6 +348,22 @@ def options(bundle: Path, **given: Any) -> Namespace:
     return Namespace(**(known | given))
 
 
+@pytest.mark.parametrize("numerics", ["fp8", pytest.param("int8", marks=pytest.mark.matrix)])
+def test_a_dry_run_of_products_of_codes(
+    tmp_path: Path, tiny_directory: Path, capsys: pytest.CaptureFixture[str], numerics: str
+) -> None:
+    """The goal is a share of that format's peak; nothing is measured, so the published one stands in."""
+    made = packed(tmp_path / "gpu", tiny_directory, numerics)
+    given = {"dry_run": True, "prefill": [4096], "output": tmp_path / "dry.json"}
+    assert carried.run_bundle(options(made, **given)) == 0
+    report = json.loads((tmp_path / "dry.json").read_text())
+    assert report["numerics"] == numerics and report["ceilings"]["used"][numerics] == 1979e12
+    assert report["ceilings"]["matrix_source"][numerics] == "published for h200 (not measured)"
+    goal = f"grouped products at 4096 tokens: of the {numerics.upper()} matrix peak"
+    assert [g["name"] for g in report["cases"][-1]["goals"]] == [goal]
+    assert f"{numerics.upper()} products: 1979 TFLOP/s, published" in capsys.readouterr().out
+
+
 def test_a_run_with_a_driver_that_computes_nothing(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -329,7 +383,7 @@ def test_a_run_with_a_driver_that_computes_nothing(
     assert carried.run_bundle(options(bundle, arch="sm_90a")) == 0
     report = json.loads((bundle.parent / "measured.json").read_text())
     assert report["measured"] and report["card"]["name"] == "A card" and report["layers"] == 4
-    assert report["ceilings"]["matrix_source"] == "published for h200 (no cuBLAS: not here)"
+    assert report["ceilings"]["matrix_source"] == {"bf16": "published for h200 (no cuBLAS: not here)"}
     assert report["ceilings"]["copy_bytes_per_second"] > 0
     decode, prefill = report["cases"]
     for case in (decode, prefill):

@@ -6,12 +6,12 @@ import json
 from typing import Any
 
 import pytest
-from gpu_support import GOLDEN, lowered
+from gpu_support import GOLDEN, in_numerics, lowered
 
 from dsv4c.cli.kernels import HEAD, kernel_rows, step_sentences
 from dsv4c.ir.cost import op_cost
 from dsv4c.ir.graph import Module
-from dsv4c.runtime.container.costs import Needs, Rates, launch_needs, products_of
+from dsv4c.runtime.container.costs import Needs, Rates, factors_of, launch_needs, products_of
 from dsv4c.runtime.container.plan import Kernel
 from dsv4c.targets.gpu.arch import gpu
 from dsv4c.targets.gpu.emit import plan_report
@@ -86,6 +86,42 @@ def kernel(**constants: int | str) -> Kernel:
 )
 def test_products_of_bf16(constants: dict[str, int | str], products: int) -> None:
     assert products_of(kernel(**constants)) == products
+
+
+@pytest.mark.parametrize(
+    ("constants", "factors"),
+    [
+        ({"ROWS": 2, "FORM": 5}, "fp8"), ({"ROWS": 3, "FORM": 2}, "fp8"), ({"ROWS": 4, "FORM": 4}, "int8"),
+        ({"ROWS": 2, "BLOCK": 128}, "f32"), ({"PRECISION": "bf16x3"}, "bf16"), ({}, "f32"),
+    ],
+)  # fmt: skip
+def test_what_matrix_units_multiply(constants: dict[str, int | str], factors: str) -> None:
+    """Rounding to codes multiplies no codes."""
+    assert factors_of(kernel(**constants)) == factors
+
+
+def test_codes_are_held_to_a_peak_of_their_own() -> None:
+    rates = Rates(bandwidth=100.0, matrix=1000.0, vector=10.0, fp8=2000.0, int8=4000.0)
+    for rows, seconds in ((2, 2.0), (3, 2.0), (4, 1.0)):
+        assert rates.least(kernel(ROWS=rows, FORM=2), Needs(4000, 10, 10)) == (seconds, "compute")
+    assert Rates(1.0, 1.0, 1.0).least(kernel(ROWS=2, FORM=2), Needs(1, 1, 1)) == (None, "unknown")
+
+
+@pytest.mark.parametrize(
+    ("numerics", "figure"),
+    [("fp8", "1979 of FP8"), pytest.param("int8", "1979 of INT8", marks=pytest.mark.matrix)],
+)
+def test_a_report_of_products_of_codes(numerics: str, figure: str) -> None:
+    module = in_numerics(numerics, "cuda:sm_90a")
+    drafted = draft(module, gpu("sm_90a"))
+    report = json.loads(json.dumps(plan_report(drafted.plan, module, drafted, load_devices()["h200"])))
+    assert figure in step_sentences(report)[0]
+    sizes = step_sizes(drafted.plan, 1, 512, 0, 4096)
+    needs = launch_needs(drafted.plan, drafted.plan.programs[1], report["programs"][1]["calls"], sizes)
+    flops = {"bf16": 0.0, numerics: 0.0, "f32": 0.0}
+    for launch, need in zip(drafted.plan.programs[1].launches, needs, strict=True):
+        flops[factors_of(drafted.plan.kernels[launch.kernel])] += need.flops
+    assert flops[numerics] > flops["bf16"] > 0
 
 
 def test_the_least_time_is_the_longer_of_two() -> None:

@@ -246,7 +246,20 @@ def test_selected_entries_by_score_or_by_id() -> None:
         np.testing.assert_array_equal(c.meaning({"scores": scores})["index_topk"][0], want)
 
 
-def test_expert_mlp_in_mxfp8_rounds_hidden_values_only() -> None:
+def test_expert_mlp_rounds_hidden_values_to_int8_by_whole_rows() -> None:
+    """127, 50, .4 and -100: the scale is 1, and what is below half of it becomes nothing."""
+    c = Case()
+    w13 = np.array([100, 100, 100, 100, 1.27, 0.5, 0.004, -1], np.float32).reshape(1, 8, 1)
+    weights = c.weight_of("w13", w13), c.weight_of("w2", np.array([[[0, 1, 1, 1]]], np.float32))
+    operands = [c.f32("x", B, T, 1), c.i32("ids", B, T, 1), c.f32("g", B, T, 1), c.i32("n_valid", B)]
+    c.op("expert_mlp", *operands, *weights, limit=1e6, rounding="int8_token")
+    one, ids = np.ones((1, 1, 1)), np.zeros((1, 1, 1), np.int32)
+    (found,) = c.meaning({"x": one, "ids": ids, "g": one, "n_valid": ints(1)})["expert_mlp"].ravel()
+    assert found == 50 - 100
+
+
+@pytest.mark.parametrize(("rounding", "block"), [("mxfp8", 128), ("e4m3_rows", 32)])
+def test_expert_mlp_in_mxfp8_rounds_hidden_values_only(rounding: str, block: int) -> None:
     """Blocks of 32 channels: a large one makes others of its block subnormal, and none of the next."""
     c, inner = Case(), 64
     w13, w2 = np.zeros((1, 2 * inner, 1), np.float32), np.ones((1, 1, inner), np.float32)
@@ -256,7 +269,7 @@ def test_expert_mlp_in_mxfp8_rounds_hidden_values_only() -> None:
     w13[0, inner, 0] = 60000  # scale 2^14
     operands = [c.f32("x", B, T, 1), c.i32("ids", B, T, 1), c.f32("g", B, T, 1), c.i32("n_valid", B)]
     weights = c.weight_of("w13", w13), c.weight_of("w2", w2)
-    c.op("expert_mlp", *operands, *weights, limit=1e6, rounding="mxfp8")
+    c.op("expert_mlp", *operands, *weights, limit=1e6, rounding=rounding, block=block)
     one, ids = np.ones((1, 1, 1)), np.zeros((1, 1, 1), np.int32)
     (found,) = c.meaning({"x": one, "ids": ids, "g": one, "n_valid": ints(1)})["expert_mlp"].ravel()
     assert found == 31 * 3 * 2.0 ** (14 - 9) + 32 * 104  # 100.02 in steps of 32, and of 8

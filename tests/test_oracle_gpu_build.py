@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu_support import GOLDEN, lowered, quiet
+from gpu_support import GOLDEN, in_numerics, lowered, quiet
 
 from dsv4c.errors import CompileError
 from dsv4c.runtime.container import Artifact, ArtifactWriter
@@ -68,6 +69,30 @@ def check_object(kernel: Kernel, plan: Plan, blob: bytes, hot: bool) -> None:
         assert sum(facts["matrix"].values()) > 0
     if plan.arch == "sm_90a" and kernel.name == "linear" and kernel.constants["BM"] == 64:
         assert any(instruction.startswith("HGMMA") for instruction in facts["matrix"])
+
+
+CODED = {
+    "fp8": r"QMMA|QGMMA|UTCQMMA|v_mfma_\w+(fp8_fp8|f8f6f4)", "int8": r"IMMA|IGMMA|UTCIMMA|v_mfma_i32\w+i8",
+}  # fmt: skip
+"""Instructions that multiply codes."""
+IN_FP16 = ("sm_90a", "sm_100a")
+"""GPUs that have instructions of FP8 for 64 rows and more only; for few the compiler makes FP16 of both."""
+
+
+@pytest.mark.parametrize("numerics", ["fp8", "int8"])
+@pytest.mark.parametrize("name", ARCHS)
+def test_products_of_codes_use_the_instructions_for_them(name: str, numerics: str, tmp_path: Path) -> None:
+    target = gpu(name)
+    known = draft(in_numerics(numerics, "cuda:sm_90a"), target).plan.kernels
+    kernels = [k for k in known if source(k.name).module in ("codes", "rounding")]
+    assert kernels and (numerics == "int8" or target.fp8 or {k.name for k in kernels} == {"round_rows"})
+    for kernel in build(kernels, target, tmp_path).kernels:
+        assert not kernel.facts["spilled"]
+        if source(kernel.name).matrix:
+            few = numerics == "fp8" and name in IN_FP16 and kernel.constants["BM"] == 16
+            wanted = re.compile("HMMA" if few else CODED[numerics])
+            found = kernel.facts["matrix"]
+            assert found and all(wanted.match(i) for i in found), (kernel.name, found)
 
 
 def test_a_kernel_that_does_not_compile_says_so(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gpu_support import GOLDEN, Interpreter, interpreter, lowered, write_draft
+from gpu_support import GOLDEN, Interpreter, in_numerics, interpreter, lowered, write_draft
 from support import Arr, assert_close, ints, normal, valid_rows
 
 from dsv4c.ir.graph import Module
@@ -40,11 +40,11 @@ def worker() -> Iterator[Interpreter]:
 
 def run(
     worker: Interpreter, module: Module, path: Path, calls: list[Call], tolerance: float,
-    images: ImageFeed | None = None,
+    images: ImageFeed | None = None, arch: str = "sm_90a",
 ) -> None:  # fmt: skip
     """Every call by the plan and by the evaluator, each with its own states; `images` are those of all calls.
     """
-    artifact = write_draft(module, module.store, path)
+    artifact = write_draft(module, module.store, path, arch)
     evaluator = Evaluator(module, precision=np.float32)
     wanted = evaluator.fresh_state(B=len(calls[0][1]), ctx=64)
     state = {name: np.array(value) for name, value in wanted.items()}
@@ -103,6 +103,13 @@ def test_numbers_in_bf16(worker: Interpreter, tmp_path: Path) -> None:
     module.level = Level.TARGET
     rng = np.random.default_rng(2)
     run(worker, module, tmp_path / "m.dsv4", [(tokens(rng, 1, 2), ints(2))], 4e-3)
+
+
+@pytest.mark.parametrize(("numerics", "arch"), [("fp8", "sm_90a"), ("fp8", "sm_80"), ("int8", "sm_90a")])
+def test_numbers_in_codes(worker: Interpreter, tmp_path: Path, numerics: str, arch: str) -> None:
+    """A value near a tie may become the code on its other side: an eighth of it in E4M3, and what follows."""
+    rng, module = np.random.default_rng(2), in_numerics(numerics, "cuda:sm_90a")
+    run(worker, module, tmp_path / "m.dsv4", [(tokens(rng, 1, 2), ints(2))], 4e-3, arch=arch)
 
 
 # ------------------------------------------------------------------------------------------- V4.1

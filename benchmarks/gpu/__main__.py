@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     pack.add_argument("--golden", type=Path, help="checkpoint of the golden model (default: tests/data)")
     pack.add_argument("--config", type=Path, help="config.json of the shape (default: V4-Flash)")
     pack.add_argument("--layers", type=int, default=0, help="of the shape, at most (default: all)")
+    pack.add_argument("--numerics", default="bf16", help="bf16, fp8, int8 or exact (default: bf16)")
     pack.add_argument("-o", "--output", type=Path, default=Path("build/gpu"))
     run = commands.add_parser("run", help="verify and measure")
     run.add_argument("--bundle", type=Path, default=HERE, help="the folder that pack made (default: this)")
@@ -48,7 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
         if given.command == "pack":
             from packing import pack_bundle
 
-            made = pack_bundle(given.arch, given.output, given.golden, given.config, given.layers)
+            made = pack_bundle(
+                given.arch, given.output, given.golden, given.config, given.layers, given.numerics
+            )
             print(f"{given.output}: {made / 2**20:.1f} MiB")
             return 0
         from carried import run_bundle

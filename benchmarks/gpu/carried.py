@@ -21,7 +21,7 @@ from timing import Case, Held, Timed, TimedBackend, read_experts
 
 from dsv4c.errors import ArtifactError, Dsv4cError, UsageError
 from dsv4c.runtime import Artifact
-from dsv4c.runtime.container.costs import Rates, launch_needs
+from dsv4c.runtime.container.costs import Rates, codes_of, launch_needs
 from dsv4c.runtime.container.plan import ALIGN, Plan
 from dsv4c.runtime.container.sizes import size
 from dsv4c.runtime.rehearsal import rehearse
@@ -48,13 +48,15 @@ def run_bundle(given: argparse.Namespace) -> int:
         raise UsageError("its folder does not exist", where=str(given.output))
     arch = choose(bundle, given)
     facts = bundle["archs"][arch]
-    print(f"{arch}, packed {bundle['made']}" + (": A DRY RUN, nothing is measured" if given.dry_run else ""))
+    dry = ": A DRY RUN, nothing is measured" if given.dry_run else ""
+    print(f"{arch}, numerics {bundle['numerics']}, packed {bundle['made']}{dry}")
     if not golden(Artifact.open(given.bundle / facts["golden"]), given.dry_run):
         return 1
     artifact = Artifact.open(given.bundle / facts["shape"])
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "arch": arch, "packed": bundle["made"],
-        "shape": bundle["shape"], "measured": not given.dry_run, **shape(artifact, facts, given),
+        "shape": bundle["shape"], "numerics": bundle["numerics"], "measured": not given.dry_run,
+        **shape(artifact, facts, given),
     }  # fmt: skip
     if given.output:
         given.output.write_text(json.dumps(report, indent=1) + "\n")
@@ -139,17 +141,26 @@ def ceilings(plan: Plan, device: Any, meter: Meter, facts: Facts) -> tuple[Rates
     """Measured ones, and the published figures where nothing could be measured."""
     figures = facts["figures"]
     copy = copy_rate(device, meter)
-    matrix, source = matrix_rate(device, meter, Filler(plan, device, meter), plan.vendor)
     if copy is not None:
         print(f"copies: {copy / 1e9:.0f} GB/s read and written")
-    if matrix is None and figures["bf16"]:
-        source = f"published for {facts['device']} ({source})"
-    rates = Rates(copy or figures["bandwidth"], matrix or figures["bf16"], figures["f32"])
-    products = "unknown" if rates.matrix is None else f"{rates.matrix / 1e12:.0f} TFLOP/s"
-    print(f"BF16 products: {products}, {source}")
+    codes = sorted({codes_of(k.constants) for k in plan.kernels} - {""})
+    measured, sources = dict[str, float | None](), dict[str, str]()
+    for factors in ("bf16", *codes):
+        filler = Filler(plan, device, meter)
+        measured[factors], source = matrix_rate(device, meter, filler, plan.vendor, factors)
+        if measured[factors] is None and figures[factors]:
+            source = f"published for {facts['device']} ({source})"
+        sources[factors] = source
+    matrix = {name: rate or figures[name] for name, rate in measured.items()}
+    for name, rate in matrix.items():
+        products = "unknown" if rate is None else f"{rate / 1e12:.0f} TFLOP/s"
+        print(f"{name.upper()} products: {products}, {sources[name]}")
+    rates = Rates(
+        copy or figures["bandwidth"], matrix["bf16"], figures["f32"], matrix.get("fp8"), matrix.get("int8")
+    )
     return rates, {
-        "copy_bytes_per_second": copy, "matrix_flops_per_second": matrix, "matrix_source": source,
-        "used": {"bandwidth": rates.bandwidth, "matrix": rates.matrix, "vector": rates.vector},
+        "copy_bytes_per_second": copy, "matrix_flops_per_second": measured, "matrix_source": sources,
+        "used": {"bandwidth": rates.bandwidth, "vector": rates.vector, **matrix},
     }  # fmt: skip
 
 

@@ -40,6 +40,7 @@ def pack_bundle(
     golden: Path | None = None,
     config: Path | None = None,
     layers: int = 0,
+    numerics: str = "bf16",
 ) -> int:
     """Write the folder anew and return its bytes.
 
@@ -47,6 +48,7 @@ def pack_bundle(
         archs: of targets cuda and rocm.
         golden: a small checkpoint, compiled with its golden vectors.
         config: the config.json whose shape is measured; `layers` keeps the first ones only.
+        numerics: of plans, of both.
 
     Raises:
         UsageError: an arch is unknown, the folder is not one of these, or it would be too large.
@@ -65,9 +67,13 @@ def pack_bundle(
     module = shape_module(config or CONFIG, layers)
     facts = {}
     for arch, target in targets.items():
-        api.compile(golden or GOLDEN, target=target, format="plan", output=output / f"golden-{arch}.dsv4")
-        facts[arch] = write_shape(module, target, output / f"shape-{arch}.dsv4")
-    made = {"made": datetime.now(UTC).isoformat(timespec="seconds"), "shape": module.name, "archs": facts}
+        path = output / f"golden-{arch}.dsv4"
+        api.compile(golden or GOLDEN, target=target, format="plan", output=path, numerics=numerics)
+        facts[arch] = write_shape(module, target, output / f"shape-{arch}.dsv4", numerics)
+    made = {
+        "made": datetime.now(UTC).isoformat(timespec="seconds"), "shape": module.name, "numerics": numerics,
+        "archs": facts,
+    }  # fmt: skip
     (output / "bundle.json").write_text(json.dumps(made, indent=1) + "\n")
     total = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
     if total > MOST:
@@ -100,7 +106,7 @@ def shape_module(config: Path, layers: int) -> Module:
         file = Path(scratch) / "config.json"
         file.write_text(json.dumps(cut), encoding="utf-8")
         module, _ = module_of(file)
-    module.store = NoBytes()
+    module.store = None  # so that passes measure nothing
     module.name = config.resolve().parent.name
     return module
 
@@ -112,10 +118,10 @@ class NoBytes:
         raise UsageError(f"{name} has no bytes: the model is a shape only", where="pack")
 
 
-def write_shape(module: Module, target: str, path: Path) -> dict[str, Any]:
+def write_shape(module: Module, target: str, path: Path, numerics: str = "bf16") -> dict[str, Any]:
     """Plan and objects of a module for one arch; what is known of the card it is estimated on."""
     family, arch = parse_target(target)
-    _, passes = api.in_numerics(family, arch, family.format("plan"))
+    _, passes = api.in_numerics(family, arch, family.format("plan"), numerics)
     lowered = api.lower(module, target, "plan", passes=passes).module
     found = draft(lowered, gpu(arch.name))
     objects = emit.build(found.plan.kernels, gpu(arch.name), None, None)
@@ -135,6 +141,6 @@ def write_shape(module: Module, target: str, path: Path) -> dict[str, Any]:
         "golden": f"golden-{arch.name}.dsv4", "shape": path.name, "device": device.name if device else "",
         "figures": {
             "bandwidth": device.bandwidth if device else None, "bf16": peaks.get("bf16"),
-            "f32": peaks.get("f32"),
+            "f32": peaks.get("f32"), "fp8": peaks.get("fp8"), "int8": peaks.get("int8"),
         },
     }  # fmt: skip

@@ -6,16 +6,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dsv4c.runtime.container.costs import Needs, Rates
+from dsv4c.runtime.container.costs import Needs, Rates, codes_of
 from dsv4c.runtime.container.plan import Plan, Program
 
 COPY_GOAL, MATRIX_GOAL = 0.8, 0.6
-"""Shares of measured ceilings: of copies for kernels that wait for memory in decode, of a BF16 product for
-grouped products of many tokens."""
+"""Shares of measured ceilings: of copies for kernels that wait for memory in decode, of one large product of
+the same numbers for grouped products of many tokens."""
 MANY_TOKENS = 4096
 MATTERS = 0.02
 """Kernels below this share of a step have no goal: they take microseconds."""
-GROUPED = ("expert_up", "expert_down")
+GROUPED = ("expert_up", "expert_down", "expert_up_codes", "expert_down_codes")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Row:
         flops, bytes: by the meaning of ops, see `ir.cost`; of experts those that were chosen.
         least: the seconds of the roofline; None where a figure is not known.
         bound: what most of `least` goes to.
+        factors: what its matrix units multiply, "bf16", "fp8" or "int8".
     """
 
     kernel: str
@@ -36,6 +37,7 @@ class Row:
     bytes: float
     least: float | None
     bound: str
+    factors: str = "bf16"
 
     @property
     def bandwidth(self) -> float | None:
@@ -71,7 +73,8 @@ def rows_of(
         taken = sum(seconds[i] for i in indices) if seconds else None
         least = sum(one or 0.0 for one, _ in found) if not spent["unknown"] else None
         bound = max(spent, key=lambda key: spent[key])
-        rows.append(Row(name, len(indices), taken, whole.flops, whole.bytes, least, bound))
+        factors = codes_of(kernels[0].constants) or "bf16"
+        rows.append(Row(name, len(indices), taken, whole.flops, whole.bytes, least, bound, factors))
     return sorted(rows, key=lambda row: -(row.seconds or row.least or 0.0))
 
 
@@ -98,11 +101,12 @@ def goals_of(kind: str, tokens: int, rows: Sequence[Row], rates: Rates) -> list[
                 reached = _share(row.bandwidth, rates.bandwidth)
                 out.append(Goal(f"{row.kernel}: of copy bandwidth", COPY_GOAL, reached))
     elif tokens >= MANY_TOKENS:
-        grouped = [row for row in rows if row.kernel in GROUPED]
-        seconds = sum(row.seconds or 0.0 for row in grouped)
-        rate = sum(row.flops for row in grouped) / seconds if seconds else None
-        name = f"grouped products at {tokens} tokens: of the BF16 matrix peak"
-        out.append(Goal(name, MATRIX_GOAL, _share(rate, rates.matrix)))
+        for factors in dict.fromkeys(row.factors for row in rows if row.kernel in GROUPED):
+            grouped = [row for row in rows if row.kernel in GROUPED and row.factors == factors]
+            seconds = sum(row.seconds or 0.0 for row in grouped)
+            rate = sum(row.flops for row in grouped) / seconds if seconds else None
+            name = f"grouped products at {tokens} tokens: of the {factors.upper()} matrix peak"
+            out.append(Goal(name, MATRIX_GOAL, _share(rate, rates.of(factors))))
     return out
 
 
@@ -119,10 +123,11 @@ def table(rows: Sequence[Row], rates: Rates) -> str:
     lines = [head, ("---",) * len(head)]
     for row in [*rows, total(rows)]:
         roof = row.least / row.seconds if row.least is not None and row.seconds else None
+        peak = rates.of(row.factors)
         lines.append((
             row.kernel, str(row.launches), _number(row.seconds, 1e3), _number(row.bandwidth, 1e-9),
             _percent(_share(row.bandwidth, rates.bandwidth)), _number(row.rate, 1e-12),
-            _percent(_share(row.rate, rates.matrix)), row.bound, _number(row.least, 1e3), _percent(roof),
+            _percent(_share(row.rate, peak)), row.bound, _number(row.least, 1e3), _percent(roof),
         ))  # fmt: skip
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from filling import Filler
 from metering import Meter
+from summing import GROUPED
 
 from dsv4c.runtime.container.costs import Needs
 from dsv4c.runtime.container.plan import ALIGN, Buffer, Plan, Program
@@ -216,6 +217,6 @@ def read_experts(
             counts = left.pop(0)
             might = min(int(counts.sum()), len(counts))
             part = int((counts > 0).sum()) / might if might else 1.0
-        elif name in ("expert_up", "expert_down"):
+        elif name in GROUPED:
             out[index] = replace(out[index], weight_bytes=part * out[index].weight_bytes)
     return out

@@ -95,6 +95,8 @@ def _roundings(op: Op, inner: int) -> tuple[Callable[[Arr], Arr], Callable[[Arr]
         "mxfp8": (_exactly, _e4m3_in(32)),
         "bf16_rows": (_exactly, bf16),
         "int8_rows": (_exactly, lambda x: blocks(int8, x, 32)),
+        "e4m3_rows": (_exactly, _e4m3_in(integer(op, "block") or inner)),
+        "int8_token": (_exactly, lambda x: blocks(int8, x, inner)),
     }
     return known[str(op.attrs["rounding"])]
 

@@ -86,7 +86,8 @@ def _experts(sig: Signature, first: int = 0) -> int:
 
 def _expert_mlp(sig: Signature) -> Types:
     _experts(sig)
-    sig.choice("rounding", "none", "bf16", "fp16", "e4m3", "mxfp8", "bf16_rows", "int8_rows")
+    rows = ("bf16_rows", "int8_rows", "e4m3_rows", "int8_token")
+    sig.choice("rounding", "none", "bf16", "fp16", "e4m3", "mxfp8", *rows)
     if sig.int("block") < 0:
         sig.fail(f"cannot round hidden values in blocks of {sig.int('block')}")
     return (f32(*sig.shape(0)),)
@@ -131,7 +132,8 @@ MOE: tuple[OpDef, ...] = (
               ' "bf16" with FP16 in its place; with "mxfp8" only the hidden values are rounded, by e4m3 in'
               ' blocks of 32; "bf16_rows" says that x holds BF16 numbers and rounds the hidden values to'
               ' BF16, so that products may be summed in pairs; "int8_rows" says that x holds codes times'
-              ' scales of round_values by int8 in blocks of 32 and rounds the hidden values so.'),
+              ' scales of round_values by int8 in blocks of 32 and rounds the hidden values so; "e4m3_rows"'
+              ' is the same by e4m3 and `block`, "int8_token" by int8 and whole rows.'),
     OpDef("expert_statistics", ("counts", "x", "ids", "weights", "n_valid", "w13", "w2"), _expert_statistics,
           (AttrDef("limit", AttrKind.FLOAT),), consumes=0, source="REAP, arXiv:2510.13999",
           doc="counts plus, per expert, the tokens that chose it and the sums of their routing weights and of"

@@ -21,6 +21,8 @@ _SPLITS = {"bf16x3": 3, "bf16x6": 6}
 """How the compiler multiplies two factors in FP32 -> products of BF16 numbers that this takes."""
 _F32_CODES = 0
 """The FORM of weights that are FP32."""
+_CODES = {2: "fp8", 3: "fp8", 4: "int8"}
+"""ROWS of products of codes -> what both factors are."""
 
 
 def evaluate(tree: Any, sizes: Mapping[str, int]) -> int:
@@ -60,25 +62,43 @@ class Rates:
         bandwidth: bytes to and from memory.
         matrix: operations on BF16 numbers by the matrix units.
         vector: operations on FP32 numbers elsewhere.
+        fp8, int8: operations on such numbers by the matrix units.
     """
 
     bandwidth: float | None
     matrix: float | None
     vector: float | None
+    fp8: float | None = None
+    int8: float | None = None
+
+    def of(self, factors: str) -> float | None:
+        """Of products of "fp8", "int8" or "bf16" numbers by the matrix units, or of "f32" ones elsewhere."""
+        return {"fp8": self.fp8, "int8": self.int8, "bf16": self.matrix, "f32": self.vector}[factors]
 
     def least(self, kernel: Kernel, needs: Needs) -> tuple[float | None, str]:
         """The seconds below which no launch of the kernel stays, and what bounds it: memory or compute."""
-        products = products_of(kernel)
-        rate = self.matrix if products else self.vector
+        products, rate = products_of(kernel), self.of(factors_of(kernel))
         if self.bandwidth is None or rate is None:
             return None, "unknown"
         memory, compute = needs.bytes / self.bandwidth, needs.flops * max(products, 1) / rate
         return max(memory, compute), "compute" if compute > memory else "memory"
 
 
+def factors_of(kernel: Kernel) -> str:
+    """What the matrix units multiply in this kernel, "fp8", "int8" or "bf16"; "f32" where they do nothing."""
+    return codes_of(kernel.constants) or ("bf16" if products_of(kernel) else "f32")
+
+
+def codes_of(constants: Mapping[str, Any]) -> str:
+    """The codes that a kernel of these constants multiplies, "fp8" or "int8"; "" for none."""
+    return _CODES[constants["ROWS"]] if {"ROWS", "FORM"} <= constants.keys() else ""
+
+
 def products_of(kernel: Kernel) -> int:
-    """Products of BF16 numbers that one product of this kernel takes; 0 where it has none of matrices."""
+    """Products of the matrix units that one product of this kernel takes; 0 where it has none of matrices."""
     constants = kernel.constants
+    if codes_of(constants):
+        return 1
     if "PRECISION" not in constants:
         return 0
     if "PIECES" in constants and constants["FORM"] != _F32_CODES:

@@ -27,6 +27,7 @@ class Gpu:
         registers: 32-bit registers of a core.
         threads: most threads on a core at a time.
         matrix: patterns of the instructions that show that the matrix units are used.
+        fp8: the kind of E4M3 that they multiply: "ocp", "fnuz", or "" for none. All of them multiply INT8.
     """
 
     name: str
@@ -41,24 +42,26 @@ class Gpu:
     registers: int
     threads: int
     matrix: tuple[str, ...]
+    fp8: str = ""
 
 
 _HMMA = ("HMMA", "IMMA")
 GPUS = (
     Gpu("sm_80", "cuda", 80, "8.0", False, 32, 163 << 10, 164 << 10, 1024, 65536, 2048, _HMMA),
-    Gpu("sm_89", "cuda", 89, "8.9", False, 32, 99 << 10, 100 << 10, 1024, 65536, 1536, (*_HMMA, "QMMA")),
+    Gpu("sm_89", "cuda", 89, "8.9", False, 32, 99 << 10, 100 << 10, 1024, 65536, 1536,
+        (*_HMMA, "QMMA"), "ocp"),
     Gpu("sm_90a", "cuda", 90, "9.0", True, 32, 227 << 10, 228 << 10, 1024, 65536, 2048,
-        (*_HMMA, "HGMMA", "QGMMA", "IGMMA")),
+        (*_HMMA, "HGMMA", "QGMMA", "IGMMA"), "ocp"),
     Gpu("sm_100a", "cuda", 100, "10.0", True, 32, 227 << 10, 228 << 10, 1024, 65536, 2048,
-        (*_HMMA, "UTCHMMA", "UTCQMMA", "UTCIMMA")),
+        (*_HMMA, "UTCHMMA", "UTCQMMA", "UTCIMMA"), "ocp"),
     Gpu("sm_120", "cuda", 120, "12.0", True, 32, 99 << 10, 100 << 10, 1024, 65536, 1536,
-        (*_HMMA, "QMMA", "OMMA")),
+        (*_HMMA, "QMMA", "OMMA"), "ocp"),
     Gpu("gfx90a", "hip", "gfx90a", "gfx90a", True, 64, 64 << 10, 64 << 10, 0, 4 * 512 * 64, 2048,
     ("v_mfma",)),
     Gpu("gfx942", "hip", "gfx942", "gfx942", True, 64, 64 << 10, 64 << 10, 0, 4 * 512 * 64, 2048,
-    ("v_mfma",)),
+        ("v_mfma",), "fnuz"),
     Gpu("gfx950", "hip", "gfx950", "gfx950", True, 64, 160 << 10, 160 << 10, 0, 4 * 512 * 64, 2048,
-        ("v_mfma",)),
+        ("v_mfma",), "ocp"),
 )  # fmt: skip
 """Triton compiles for 9.0, 10.0 and 12.0 with the features of that architecture alone ("a")."""
 

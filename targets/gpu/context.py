@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,12 @@ from dsv4c.ir.weights import WeightExpr
 from dsv4c.runtime.container.plan import Argument, Buffer, Kernel, Launch, Parameter
 
 from .arch import Gpu
+from .near import Near
 from .table import source
 from .tiles import Tiles, tiles
+
+if TYPE_CHECKING:
+    from .lowering_codes import Coded
 
 NUMBERS = {DType.F32: "f32", DType.I32: "i32", DType.BF16: "bf16", DType.F16: "f16", DType.I8: "i8"}
 """How buffers of these are called; everything else is bytes."""
@@ -81,6 +85,8 @@ class Context:
         weights: name of a buffer -> its expression.
         temporaries: buffers made so far, without slots and lives.
         callers: the op of each launch.
+        coded: rounded rows as codes, for the products that multiply them.
+        near: buffer of codes -> the weight whose scales must lie near each other.
     """
 
     gpu: Gpu
@@ -94,6 +100,8 @@ class Context:
     launches: list[Launch] = field(default_factory=list)
     callers: list[Op] = field(default_factory=list)
     memo: dict[tuple[object, ...], list[Ref]] = field(default_factory=dict)
+    coded: dict[Value, Coded] = field(default_factory=dict)
+    near: dict[str, Near] = field(default_factory=dict)
     op: Op | None = None
 
     # ---------------------------------------------------------------------------------- buffers

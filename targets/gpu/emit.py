@@ -22,6 +22,7 @@ from dsv4c.targets.hardware import Device, load_devices
 
 from .arch import gpu
 from .build import build
+from .near import check_near
 from .plan import Draft, built, draft
 from .roofline import roofline
 
@@ -38,7 +39,8 @@ def emit_plan(
     Raises:
         TargetError: an op has no kernel, or the arch is unknown.
         ToolchainError: Triton is missing.
-        CompileError: a kernel does not fit the GPU, or a hot one spills.
+        CompileError: a kernel does not fit the GPU, or a hot one spills; or scales of an FP4 weight lie too
+        far apart for products of codes.
     """
     target = gpu(arch.name)
     found = draft(module, target)
@@ -59,6 +61,8 @@ def emit_draft(
 
 
 def _write(plan: Plan, found: Draft, store: TensorStore, writer: ArtifactWriter, progress: Progress) -> None:
+    for weight in found.near:
+        check_near(weight, store)
     writer.add_section("plan", json.dumps(plan.as_json(), separators=(",", ":")).encode())
     total, done = sum(e.nbytes for e in found.weights.values()), 0
     for name, expr in found.weights.items():

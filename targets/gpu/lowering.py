@@ -10,6 +10,7 @@ from dsv4c.ir.graph import Op, Value
 
 from .context import Context, Given, Ref, blocks, ints, power, width
 from .lowering_attention import ATTENTION_LOWERINGS
+from .lowering_codes import round_scaled
 from .lowering_engram import ENGRAM_LOWERINGS
 from .lowering_images import IMAGE_LOWERINGS
 from .lowering_products import PRODUCT_LOWERINGS
@@ -75,9 +76,11 @@ def gelu(c: Context, op: Op) -> None:
 
 
 def round_values(c: Context, op: Op) -> None:
-    """Nothing where every reader rounds its factors the same way itself."""
+    """To BF16 nothing where every reader rounds its factors the same way itself; else codes or numbers."""
+    if op.attrs["rule"] in ("e4m3", "int8"):
+        return round_scaled(c, op)
     if op.attrs["rule"] != "bf16":
-        raise TargetError(f"rounds by {op.attrs['rule']!r}", where=c.where, allowed="bf16")
+        raise TargetError(f"rounds by {op.attrs['rule']!r}", where=c.where, allowed="bf16, e4m3, int8")
     n, channels = ints(op.result)[-1], op.attrs["channels"]
     if channels not in (0, n):
         raise TargetError(f"rounds {channels} of {n} channels", where=c.where, allowed="all channels")

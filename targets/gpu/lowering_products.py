@@ -9,6 +9,19 @@ from dsv4c.errors import TargetError
 from dsv4c.ir.graph import Op
 
 from .context import Context, Ref, blocks, ints, power, width
+from .lowering_codes import (
+    EXPERT_ROUNDINGS,
+    Routed,
+    coded,
+    expert_down_codes,
+    expert_up_codes,
+    hidden_rounding,
+    linear_codes,
+    multiplies,
+    round_hidden,
+    rounding_of,
+    row_codes,
+)
 from .matrix import matrix
 
 _ROUTES = 512
@@ -16,6 +29,9 @@ _ROUTES = 512
 
 
 def linear(c: Context, op: Op) -> None:
+    x = coded(c, op)
+    if x is not None:
+        return linear_codes(c, op, x)
     _linear(c, op, 1)
 
 
@@ -27,7 +43,9 @@ def grouped_linear(c: Context, op: Op) -> None:
 
 def _pieces(c: Context, op: Op) -> int:
     """BF16 numbers that a factor is cut into: one where it is a BF16 number already."""
-    return 1 if op.attrs.get("inputs") == "bf16" or op.attrs.get("rounding") == "bf16_rows" else c.pieces
+    there = op.attrs.get("inputs") == "bf16" or op.attrs.get("rounding") in ("bf16_rows", "e4m3_rows")
+    rounded = rounding_of(op.operands[0].producer)
+    return 1 if there or (rounded is not None and rounded.rule == "e4m3") else c.pieces
 
 
 def _linear(c: Context, op: Op, groups: int) -> None:
@@ -57,44 +75,64 @@ def embed(c: Context, op: Op) -> None:
 
 def expert_mlp(c: Context, op: Op) -> None:
     """Routes sorted by expert, both products, and the sum per token."""
-    x, ids, weights, _, w13, w2 = op.operands
-    if op.attrs["rounding"] not in ("none", "bf16_rows"):
-        raise TargetError(f"rounds by {op.attrs['rounding']!r}", where=c.where, allowed="none, bf16_rows")
-    experts, n, inner = ints(w2)
-    topk, rows = ints(ids)[0], c.rows(x)
-    routes = f"{rows}*{topk}"
-    up, down = c.tiles("expert_up"), c.tiles("expert_down")
-    groups = f"{routes}//{up.bm}+min({experts},{routes})"
-    order, slots, groups_of = _sort(c, op, experts, topk, routes, groups, up.bm)
-    hidden = c.temporary("f32", routes, inner)
-    first, second = matrix(c, w13), matrix(c, w2)
-    shared: dict[str, Any] = {"E": experts, "PIECES": _pieces(c, op), "PRECISION": c.precision, "BM": up.bm}
-    limit = op.attrs["limit"]
-    assert isinstance(limit, int | float)
-    constants = first.constants | shared | {
-        "TOPK": topk, "INNER": inner, "K": n, "ROUND": int(op.attrs["rounding"] == "bf16_rows"),
-        "BN": up.bn, "BK": first.step(up.bk),
-    }  # fmt: skip
-    c.launch(
-        "expert_up", (groups, blocks(inner, up.bn)), constants, warps=up.warps, stages=up.stages,
-        types=first.types, pack=first.pack, x=c.values[x], weights=c.values[weights], order=order,
-        blocks=groups_of, hidden=hidden, M=rows, XS=c.values[x].stride, R=routes, G=groups,
-        limit=float(limit),
-        **first.given,
-    )  # fmt: skip
-    y = c.temporary("f32", routes, n)
-    constants = (
-        second.constants | shared | {"N": n, "INNER": inner, "BN": down.bn, "BK": second.step(down.bk)}
-    )
-    c.launch(
-        "expert_down", (groups, blocks(n, down.bn)), constants, warps=down.warps, stages=down.stages,
-        types=second.types, pack=second.pack, hidden=hidden, blocks=groups_of, y=y, R=routes, G=groups,
-        **second.given,
-    )  # fmt: skip
+    x, ids, *_, w2 = op.operands
+    allowed = ("none", "bf16_rows", *EXPERT_ROUNDINGS)
+    if op.attrs["rounding"] not in allowed:
+        raise TargetError(
+            f"rounds by {op.attrs['rounding']!r}", where=c.where, allowed=", ".join(allowed)
+        )
+    (experts, n, inner), topk, rows = ints(w2), ints(ids)[0], c.rows(x)
+    routes, codes, rounding = f"{rows}*{topk}", coded(c, op), hidden_rounding(op)
+    bm = c.tiles("expert_up" if codes is None else "expert_up_codes").bm
+    groups = f"{routes}//{bm}+min({experts},{routes})"
+    routed = Routed(*_sort(c, op, experts, topk, routes, groups, bm), routes, groups, bm)
+    hidden, y = c.temporary("f32", routes, inner), c.temporary("f32", routes, n)
+    if codes is None:
+        _expert_up(c, op, routed, hidden)
+    else:
+        expert_up_codes(c, op, codes, routed, hidden)
+    if rounding is not None and multiplies(c.gpu, rounding, w2):
+        expert_down_codes(c, op, row_codes(c, hidden, routes, inner, rounding), routed, y)
+    else:
+        if rounding is not None:
+            hidden = round_hidden(c, hidden, routes, inner, rounding)
+        _expert_down(c, op, routed, hidden, y)
     tile = min(power(n, 32), 1024)
     c.launch(
-        "expert_sum", (rows, blocks(n, tile)), {"N": n, "TOPK": topk, "BN": tile}, y=y, slots=slots,
+        "expert_sum", (rows, blocks(n, tile)), {"N": n, "TOPK": topk, "BN": tile}, y=y, slots=routed.slots,
         out=c.result(op.result), M=rows, R=routes,
+    )  # fmt: skip
+
+
+def _expert_up(c: Context, op: Op, r: Routed, hidden: Ref) -> None:
+    """The first products of rows of numbers, with SwiGLU."""
+    x, ids, weights, _, w13, w2 = op.operands
+    (experts, n, inner), m, t = ints(w2), matrix(c, w13), c.tiles("expert_up")
+    limit = op.attrs["limit"]
+    assert isinstance(limit, int | float)
+    constants = m.constants | {
+        "E": experts, "PIECES": _pieces(c, op), "PRECISION": c.precision, "BM": r.bm, "TOPK": ints(ids)[0],
+        "INNER": inner, "K": n, "ROUND": int(op.attrs["rounding"] == "bf16_rows"), "BN": t.bn,
+        "BK": m.step(t.bk),
+    }  # fmt: skip
+    c.launch(
+        "expert_up", (r.groups, blocks(inner, t.bn)), constants, warps=t.warps, stages=t.stages,
+        types=m.types, pack=m.pack, x=c.values[x], weights=c.values[weights], order=r.order,
+        blocks=r.blocks, hidden=hidden, M=c.rows(x), XS=c.values[x].stride, R=r.routes, G=r.groups,
+        limit=float(limit), **m.given,
+    )  # fmt: skip
+
+
+def _expert_down(c: Context, op: Op, r: Routed, hidden: Ref, y: Ref) -> None:
+    """The second products of hidden values that are numbers."""
+    (experts, n, inner), m, t = ints(op.operands[5]), matrix(c, op.operands[5]), c.tiles("expert_down")
+    constants = m.constants | {
+        "E": experts, "PIECES": _pieces(c, op), "PRECISION": c.precision, "BM": r.bm, "N": n,
+        "INNER": inner, "BN": t.bn, "BK": m.step(t.bk),
+    }  # fmt: skip
+    c.launch(
+        "expert_down", (r.groups, blocks(n, t.bn)), constants, warps=t.warps, stages=t.stages,
+        types=m.types, pack=m.pack, hidden=hidden, blocks=r.blocks, y=y, R=r.routes, G=r.groups, **m.given,
     )  # fmt: skip
 
 

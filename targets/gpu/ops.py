@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv4c.targets.base import Emitter, Format
-from dsv4c.targets.onnx.ops import BF16, FUSE
+from dsv4c.targets.onnx.ops import BF16, FUSE, INT8_WEIGHTS
 
 PLAN_PIPELINE = (
     FUSE + ',fuse_norm_rotary,fuse_rotary_write,narrow_weights{storage="packed"},fold_shared_expert'
@@ -23,10 +23,20 @@ PLAN_OPS = frozenset({
 })  # fmt: skip
 """Every op that `emit_plan` takes."""
 
-PLAN_NUMERICS = {"bf16": BF16, "exact": ""}
-"""What matrix units do best; and exact, by three products for one."""
+_CODES = (
+    'default,before(merge_projections, quantise_activations{{rule="{}"}})'
+    ',before(merge_projections, quantise_activations{{rule="bf16"}})'
+)
 
-PLAN_ROUNDINGS = frozenset({"none", "bf16", "bf16_rows"})
+PLAN_NUMERICS = {
+    "bf16": BF16, "fp8": _CODES.format("e4m3"), "int8": INT8_WEIGHTS + "," + _CODES.format("w8a8"),
+    "exact": "",
+}  # fmt: skip
+"""What matrices are multiplied by: BF16 rows; E4M3 rows in blocks of 128 where weights are stored in FP8 or
+FP4, as the published code has it, and BF16 rows elsewhere; INT8 rows, of INT8 weights; and FP32 rows, by
+three products for one."""
+
+PLAN_ROUNDINGS = frozenset({"none", "bf16", "bf16_rows", "e4m3", "e4m3_rows", "int8", "int8_token"})
 """How they may round; see `Format.roundings`."""
 
 

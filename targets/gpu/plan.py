@@ -14,6 +14,7 @@ from dsv4c.runtime.container.plan import VERSION, Buffer, Kernel, Plan, Program
 from .arch import Gpu
 from .context import NUMBERS, UNUSED, Context, Kernels, Ref, Stored, size_text
 from .lowering import LOWERINGS
+from .near import Near
 from .slots import place
 from .tiles import FEW_ROWS
 
@@ -25,11 +26,13 @@ class Draft:
     Attributes:
         weights: the expressions of its weights by buffer.
         callers: per program, the op of each launch.
+        near: what is to be looked at before weights are written.
     """
 
     plan: Plan
     weights: Mapping[str, Stored]
     callers: tuple[tuple[Op, ...], ...]
+    near: tuple[Near, ...] = ()
 
 
 def draft(module: Module, gpu: Gpu) -> Draft:
@@ -38,8 +41,8 @@ def draft(module: Module, gpu: Gpu) -> Draft:
     Raises:
         TargetError: an op, or a form of it, has no kernel; or a part has states.
     """
-    kernels, weights = Kernels(), dict[str, Stored]()
-    made = [_program(module, gpu, kernels, weights, few) for few in (True, False)]
+    kernels, weights, near = Kernels(), dict[str, Stored](), dict[str, Near]()
+    made = [_program(module, gpu, kernels, weights, near, few) for few in (True, False)]
     bound = _bound(module)
     buffers = [
         *(_buffer(name, "input", v, bound) for name, v in module.inputs.items()),
@@ -51,7 +54,7 @@ def draft(module: Module, gpu: Gpu) -> Draft:
                 f"part {name} has states", where=module.name, allowed="parts without, such as vision",
                 hint="leave out the pass that makes it" + ": allow_replay" * (name == "encoder"),
             )  # fmt: skip
-        made.append(_program(part, gpu, kernels, weights, False, name))
+        made.append(_program(part, gpu, kernels, weights, near, False, name))
         inputs = (_buffer(_name(name, n), "input", v, _bound(part)) for n, v in part.inputs.items())
         buffers += [replace(b, part=name) for b in inputs]
     buffers += [
@@ -62,7 +65,7 @@ def draft(module: Module, gpu: Gpu) -> Draft:
         VERSION, gpu.vendor, gpu.name, gpu.capability, gpu.exact, 0, gpu.shared, tuple(buffers),
         tuple(kernels.all), tuple(program for program, _ in made),
     )  # fmt: skip
-    return Draft(plan, weights, tuple(tuple(callers) for _, callers in made))
+    return Draft(plan, weights, tuple(tuple(callers) for _, callers in made), tuple(near.values()))
 
 
 def _name(part: str, name: str) -> str:
@@ -71,10 +74,11 @@ def _name(part: str, name: str) -> str:
 
 
 def _program(
-    module: Module, gpu: Gpu, kernels: Kernels, weights: dict[str, Stored], few: bool, part: str = ""
-) -> tuple[Program, list[Op]]:
+    module: Module, gpu: Gpu, kernels: Kernels, weights: dict[str, Stored], near: dict[str, Near], few: bool,
+    part: str = "",
+) -> tuple[Program, list[Op]]:  # fmt: skip
     exact = not any(op.attrs.get("inputs") == "bf16" for op in module.ops)
-    c = Context(gpu, few, exact, _bound(module), kernels, weights)
+    c = Context(gpu, few, exact, _bound(module), kernels, weights, near=near)
     for name, value in module.arguments().items():
         c.values[value] = Ref(_name(part, name), 0, _stride(value))
     for op in module.ops:

@@ -22,7 +22,8 @@ CONTEXT = 4096
 
 def rates_of(device: Device) -> Rates:
     """The published figures of a device."""
-    return Rates(device.bandwidth, device.peaks.get("bf16"), device.peaks.get("f32"))
+    peaks = device.peaks
+    return Rates(device.bandwidth, peaks.get("bf16"), peaks.get("f32"), peaks.get("fp8"), peaks.get("int8"))
 
 
 def step_sizes(plan: Plan, batch: int, tokens: int, past: int, context: int) -> dict[str, int]:
@@ -40,14 +41,17 @@ def roofline(plan: Plan, calls: Sequence[Any], device: Device) -> Facts:
         calls: of each program, see `targets.calls`.
 
     Returns:
-        `device` {"name", "bandwidth", "bf16", "f32"}; `steps`, name -> {"tokens", "past", "program",
-        "seconds", "flops", "weight_bytes", "data_bytes", "launches"}: of each launch its microseconds, in
-        order; and "kernels", for each kernel of that program {"kernel": its place, "launches", "flops",
-        "weight_bytes", "data_bytes", "seconds", "bound"}. Seconds are null where the device does not publish
-        what they need.
+        `device` {"name", "bandwidth", "bf16", "f32", "fp8", "int8"}; `steps`, name -> {"tokens", "past",
+        "program", "seconds", "flops", "weight_bytes", "data_bytes", "launches"}: of each launch its
+        microseconds, in order; and "kernels", for each kernel of that program {"kernel": its place,
+        "launches", "flops", "weight_bytes", "data_bytes", "seconds", "bound"}. Seconds are null where the
+        device does not publish what they need.
     """
     rates = rates_of(device)
-    figures = {"bandwidth": rates.bandwidth, "bf16": rates.matrix, "f32": rates.vector}
+    figures = {
+        "bandwidth": rates.bandwidth, "bf16": rates.matrix, "f32": rates.vector, "fp8": rates.fp8,
+        "int8": rates.int8,
+    }  # fmt: skip
     steps = {}
     for name, step in STEPS.items():
         sizes = step_sizes(plan, 1, step["tokens"], step["past"], CONTEXT)

@@ -53,6 +53,41 @@ SOURCES = (
         tensor_scale: *fp32 r TENSOR*GROUPS*N//BAND
         y: *fp32 w M*GROUPS*N
         M XS N K SCOLS SROWS BAND: i32""", hot=True, matrix=True),
+    Source("row_codes", "rounding", """
+        x: *fp32 r (M-1)*XS+D
+        codes: *u8 w M*D
+        factors: *fp32 w M*COUNT
+        M XS: i32""", hot=True),
+    Source("round_rows", "rounding", """
+        x: *fp32 r (M-1)*XS+HEADS*D
+        y: *fp32 w M*HEADS*D
+        M XS: i32""", hot=True),
+    Source("linear_codes", "codes", """
+        x: *u8 r M*K
+        factors: *fp32 r M*COUNT
+        w: W r N*K//PACK
+        scale: S r SROWS*SCOLS
+        y: *fp32 w M*N
+        M N K COUNT SCOLS SROWS: i32""", hot=True, matrix=True),
+    Source("expert_up_codes", "codes", """
+        x: *u8 r M*K
+        factors: *fp32 r M*COUNT
+        weights: *fp32 r R
+        order: *i32 r R
+        blocks: *i32 r G*3
+        w: W r E*2*INNER*K//PACK
+        scale: S r E*SROWS*SCOLS
+        hidden: *fp32 w R*INNER
+        M R G COUNT SCOLS SROWS: i32
+        limit: fp32""", hot=True, matrix=True),
+    Source("expert_down_codes", "codes", """
+        hidden: *u8 r R*INNER
+        factors: *fp32 r R*COUNT
+        blocks: *i32 r G*3
+        w: W r E*N*INNER//PACK
+        scale: S r E*SROWS*SCOLS
+        y: *fp32 w R*N
+        R G COUNT SCOLS SROWS: i32""", hot=True, matrix=True),
     Source("embed", "dense", """
         tokens: *i32 r M
         w: W r V*N//PACK

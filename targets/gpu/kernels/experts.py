@@ -75,6 +75,14 @@ def expert_place(
 
 
 @triton.jit
+def weighted_swiglu(gate, up, limit, weight):
+    """f32 [BM,BN]: silu(min(gate, limit)) * clip(up, -limit, limit) * weight f32 [BM]."""
+    gate = tl.minimum(gate, limit)
+    up = tl.maximum(tl.minimum(up, limit), -limit)
+    return gate / (1.0 + tl.exp(-gate)) * up * weight[:, None]
+
+
+@triton.jit
 def expert_up(
     x, weights, order, blocks, w, scale, tensor_scale, hidden,
     M, XS, R, G, SCOLS, SROWS, BAND, limit,
@@ -112,10 +120,8 @@ def expert_up(
         bands = tensor_scale + expert * (2 * INNER // BAND)
         gate = finish(gate, factors, bands, n, inside, SCOLS, BAND, SCALE, HIGH, WIDE, TENSOR)
         up = finish(up, factors, bands, INNER + n, inside, SCOLS, BAND, SCALE, HIGH, WIDE, TENSOR)
-        gate = tl.minimum(gate, limit)
-        up = tl.maximum(tl.minimum(up, limit), -limit)
         weight = tl.load(weights + route, mask=live, other=0.0)
-        value = gate / (1.0 + tl.exp(-gate)) * up * weight[:, None]
+        value = weighted_swiglu(gate, up, limit, weight)
         if ROUND:
             value = value.to(tl.bfloat16).to(tl.float32)
         out = hidden + (first + m).to(tl.int64)[:, None] * INNER + n[None, :]
