@@ -25,6 +25,7 @@ from dsv4c.targets.cpu.tuning import ALLOWED, DEFAULT, Tuning
 
 INTEL = "processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 207\nmodel name\t: Xeon\n"
 ARM = "processor\t: 0\nBogoMIPS\t: 50.00\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU part\t: 0xd40\n"
+FOREIGN = "x86-64-v2" if HOST[0] == "aarch64" else "aarch64"
 ENDS = [
     Tuning(**{name: values[i] for name, values in ALLOWED.items()})  # the least of all, and the most
     for i in (0, -1)
@@ -187,7 +188,7 @@ def test_refusals(
 ) -> None:
     for words, message in (
         (("--target", "ascend"), "allowed: cpu, cpu:ARCH"),
-        (("--target", "cpu:aarch64" if HOST[0] != "aarch64" else "cpu:x86-64-v2"), "this machine is" if HOST[0] != "aarch64" else "x86"),
+        (("--target", f"cpu:{FOREIGN}"), "this machine is"),
         (("--target", "cpu:portable"), "one at a time"),
         (("--rounds", "0"), "is not an integer of at least 1"),
     ):
