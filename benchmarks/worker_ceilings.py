@@ -63,11 +63,12 @@ def reader(threads: int) -> Callable[[], None]:
 
 def products(threads: int) -> dict[str, tuple[float, Callable[[], Any]]]:
     """Name -> operations of one product, and a call that does it."""
-    from kernels import linear
+    from dsv4c.targets import parse_target
+    from dsv4c.targets.cpu.tvm.products import Maker
 
     a, b = (np.random.default_rng(i).standard_normal((SIZE, SIZE), np.float32) for i in range(2))
     tokens, n, k = PRODUCT
-    own = linear("f32", 0, tokens, n, k)
+    own = Maker(parse_target("cpu")[1]).linear("f32", "f32", tokens, n, k)
     found: dict[str, tuple[float, Callable[[], Any]]] = {
         "numpy": (2.0 * SIZE**3, lambda: a @ b),
         "tvm emitter": (2.0 * tokens * n * k, lambda: own.call(0)),
