@@ -71,6 +71,7 @@ class GpuBackend:
             b.name: next(r for r in self._runners if b.name in r.held)
             for b in self.plan.of_kind("state") if any(b.name in r.held for r in self._runners)
         }  # fmt: skip
+        self._results = self.plan.results()
         self._checked = set[tuple[str, tuple[tuple[str, int], ...]]]()
         self._owner: dict[str, npt.NDArray[Any]] | None = None
 
@@ -113,14 +114,14 @@ class GpuBackend:
                 if name in runner.held:
                     runner.write(name, array)
         self._owner = state
-        ran: dict[int, tuple[Runner, Bound]] = {}
+        ran: list[tuple[Runner, Bound]] = []
         for runner, program in zip(self._runners, bound, strict=True):
-            runner.take(ran, sizes)
+            runner.take(program, ran)
             runner.run(program)
-            ran[runner.stage] = runner, program
+            ran.append((runner, program))
         self._fetch(_SMALL if self._resident else None)
         self._owner = state if self._resident else None
-        return {name: ran[n][0].result(ran[n][1], name) for name, n in self.plan.results().items()}
+        return {name: ran[n][0].result(ran[n][1], name) for name, n in self._results.items()}
 
     def call_part(self, part: str, inputs: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """The results by name of another program, one of `Plan.parts`; its inputs in order."""

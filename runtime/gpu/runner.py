@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +29,18 @@ _ARENA = ""
 
 @dataclass
 class Bound:
-    """A program at given sizes: its launches with every value filled in, and where its results lie."""
+    """A program at given sizes.
+
+    Attributes:
+        launches: kernel, grid and every value of each.
+        outputs: by name the address, shape and type of what it leaves.
+        handed: stage -> what it hands over to this one: name, address here, bytes.
+        repeats: whether it is worth a graph.
+    """
 
     launches: list[tuple[int, tuple[int, int, int], list[Scalar]]]
     outputs: dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]]
+    handed: dict[int, list[tuple[str, int, int]]]
     repeats: bool
     runs: int = 0
     graph: object | None = None
@@ -107,7 +115,9 @@ class Runner:
         there = {name: self._memory.get(name, (0, -1))[1] for name in needs}
         grown = {name: max(n, ALIGN) for name, n in needs.items() if n > there[name]}
         self.device.activate()
-        self._check_room(sum(n - max(there[name], 0) for name, n in grown.items()), "states and temporaries")
+        if grown:
+            more = sum(n - max(there[name], 0) for name, n in grown.items())
+            self._check_room(more, "states and temporaries")
         for name, wanted in grown.items():
             if there[name] >= 0:
                 self._bound.clear()
@@ -150,23 +160,25 @@ class Runner:
             shape = tuple(size(s, sizes) for s in buffer.shape)
             address = places.get(buffer_name, self.addresses.get(buffer_name, 0))
             outputs[name] = address, shape, NUMPY[buffer.dtype]
-        return Bound(launches, outputs, program.most > 0)
+        handed: dict[int, list[tuple[str, int, int]]] = {}
+        for h in () if program.part else self.plan.handed_to(self.stage):
+            place = h.buffer.name, self.addresses[h.buffer.name], exact_bytes(h.buffer, sizes)
+            handed.setdefault(h.source, []).append(place)
+        return Bound(launches, outputs, handed, program.most > 0)
 
     # ---------------------------------------------------------------------------------- running
 
-    def take(self, bound: Mapping[int, tuple[Runner, Bound]], sizes: Mapping[str, int]) -> None:
-        """Copy here what this stage is handed.
+    def take(self, bound: Bound, ran: Sequence[tuple[Runner, Bound]]) -> None:
+        """Copy here what earlier stages hand over to this one.
 
         Args:
-            bound: of every earlier stage its runner and what it has just run.
+            bound: what is to run here.
+            ran: of every earlier stage its runner and what it has just run.
         """
-        for number, (source, made) in bound.items():
-            copies = [
-                (self.addresses[h.buffer.name], made.outputs[h.buffer.name][0], exact_bytes(h.buffer, sizes))
-                for h in self.plan.handed_to(self.stage) if h.source == number
-            ]  # fmt: skip
-            if copies:
-                self.device.take(source.device, copies)
+        for number, places in bound.handed.items():
+            source, made = ran[number]
+            copies = [(here, made.outputs[name][0], count) for name, here, count in places]
+            self.device.take(source.device, copies)
 
     def run(self, bound: Bound) -> None:
         """The launches: one by one, and from the second step of few rows at these sizes on as one graph."""
