@@ -71,6 +71,7 @@ test-targets: oracle
 	  tests/test_mlu_bang.py tests/test_estimate.py \
 	  tests/test_placement.py tests/test_ascend_toolchain.py tests/test_oracle_ascend_kernels.py \
 	  tests/test_oracle_flash_shape.py tests/test_gpu_plan.py tests/test_gpu_plan_v41.py \
+	  tests/test_gpu_plan_stages.py \
 	  tests/test_oracle_gpu_kernels.py tests/test_oracle_gpu_kernels_v41.py \
 	  tests/test_oracle_gpu_model.py tests/test_oracle_gpu_build.py tests/test_gpu_roofline.py \
 	  tests/test_gpu_benchmark.py tests/test_oracle_gpu_benchmark.py tests/test_archs.py

@@ -30,14 +30,21 @@ from dsv4c.ir.levels import Level
 from dsv4c.ir.meaning import Evaluator
 from dsv4c.ir.text import print_module
 from dsv4c.ir.verify import verify as verify_module
-from dsv4c.passes import Pass, PassRecord, known_passes, parse_pipeline, print_pipeline, run_pipeline
+from dsv4c.passes import (
+    Pass,
+    PassRecord,
+    known_passes,
+    over_devices,
+    parse_pipeline,
+    print_pipeline,
+    run_pipeline,
+)  # fmt: skip
 from dsv4c.passes.allow_replay import START, encoder_part
 from dsv4c.passes.check import ResultCheck
 from dsv4c.runtime.container import ArtifactWriter
 from dsv4c.targets import Arch, Format, Target, known_devices, parse_target
 from dsv4c.targets.estimate import estimate_artifact
 from dsv4c.targets.golden import TOLERANCES, write_golden
-from dsv4c.targets.hardware import device
 from dsv4c.targets.report import compile_report
 
 Progress = Callable[[str, int, int], None]
@@ -277,6 +284,7 @@ def compile(
     plugins: Plugins = (),
     verify_passes: bool = False,
     golden: bool = True,
+    devices: int | None = None,
     dump_ir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -293,6 +301,7 @@ def compile(
         format: "tvm" or "onnx", see `dsv4c targets`; "" is the target's first.
         passes, plugins, verify_passes: see `lower`.
         golden: put a prompt with the evaluator's results into the artifact, for `verify`.
+        devices: equal ones that get some of the layers each; None leaves that to the pipeline.
         dump_ir: a directory for the IR text after every pass.
 
     Returns:
@@ -301,6 +310,7 @@ def compile(
     chosen, arch = parse_target(target, plugins)
     form = chosen.format(format)
     numerics, pipeline = in_numerics(chosen, arch, form, numerics, passes, plugins)  # complains early
+    pipeline = over_devices(pipeline, devices)
     _check_packages(form)
     report = progress or (lambda what, done, total: None)
     with ArtifactWriter(output) as writer:
@@ -311,7 +321,9 @@ def compile(
             )
         started = time.time()
         lowered = lower(module, target, format, pipeline, plugins, verify_passes, _dumper(module, dump_ir))
-        there = _estimate(lowered, arch, numerics, plugins)  # complains before the long work
+        there = estimate_artifact(  # complains before the long work
+            lowered.model, lowered.module, arch.device, known_devices(plugins), numerics == "exact"
+        )
         store = lowered.module.store  # a pass may have laid statistics over the checkpoint's tensors
         assert store is not None
         form.load()(lowered.module, store, writer, arch, report)
@@ -332,23 +344,8 @@ def compile(
         writer.set_meta("step", {"states": _states(lowered.module)})
         seconds = time.time() - started
         facts = compile_report(module, lowered.module, lowered.records, printed, stored, seconds)
-        writer.set_meta("report", facts | ({"estimate": there} if there else {}))
+        writer.set_meta("report", facts | ({"estimate": there.as_json()} if there else {}))
     return Path(output)
-
-
-def _estimate(lowered: Lowered, arch: Arch, numerics: str, plugins: Plugins) -> dict[str, Any] | None:
-    """What the artifact will cost on the device of its arch; None where that is this machine.
-
-    Raises:
-        TargetError: it does not fit there.
-    """
-    shapes = lowered.module.meta.get("static_shapes")
-    if not arch.device or shapes is None or "logits" not in lowered.module.outputs:
-        return None
-    model = clone(lowered.model)
-    model.meta["static_shapes"] = shapes
-    there = device(arch.device, known_devices(plugins))
-    return estimate_artifact(model, there, numerics == "exact").as_json()
 
 
 def _dumper(

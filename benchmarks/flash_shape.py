@@ -5,6 +5,7 @@ checkpoint nor artifact takes room on a disk that knows holes, though together t
 the real one, in a process of its own; afterwards the artifact is opened and what it holds is looked at.
 
     python benchmarks/flash_shape.py --layers 4          # a cut-down model; without --layers all of it
+    python benchmarks/flash_shape.py --target cuda:sm_90a --format plan --stages 8
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=CONFIG, help="config.json (default: V4-Flash)")
     parser.add_argument("--layers", type=int, default=0, help="the first N layers only (default: all)")
     parser.add_argument("--target", default="ascend:910c", help="ascend:910c, mlu:590, ...")
+    parser.add_argument("--format", default="onnx", help="onnx, or plan for GPUs (default: onnx)")
     parser.add_argument("--stages", type=int, default=16, help="devices; no more than layers are used")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--work", type=Path, help="where checkpoint and artifact are made")
@@ -57,6 +60,7 @@ def main() -> None:
     given = {**vars(options), "config": options.config.resolve().parent.name, "work": None}
     stamp, name = datetime.now(UTC).strftime("%Y-%m-%d"), options.target.replace(":", "-")
     (HERE / "results").mkdir(exist_ok=True)
+    name += "-plan" if options.format == "plan" else ""
     cut = f"-{options.layers}-layers" if options.layers else ""
     file = HERE / "results" / f"{stamp}-flash-shape-{name}{cut}.json"
     file.write_text(json.dumps({"machine": machine(), "options": given, **report}, indent=1) + "\n")
@@ -73,10 +77,11 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         "dsv4c.frontend.generate", str(checkpoint), "--config", str(options.config), "--sparse",
         "--layers", str(options.layers), "--shards", str(max(2, layers)),
     )  # fmt: skip
+    cutting = "spread_layers{devices" if options.format == "plan" else "bind_shapes{stages"
     compiled = run(
-        "dsv4c", "compile", str(checkpoint), "--target", options.target, "--format", "onnx",
+        "dsv4c", "compile", str(checkpoint), "--target", options.target, "--format", options.format,
         "-o", str(artifact), "--no-golden",
-        "--passes", f"with(bind_shapes{{stages={stages}, context={options.context}}})",
+        "--passes", f"with({cutting}={stages}, context={options.context}}})",
     )  # fmt: skip
     found = look(artifact, checkpoint, stages, options.check)
     return {
@@ -86,8 +91,10 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(module: str, *arguments: str) -> dict[str, Any]:
-    """Seconds, and the peak of the process's own memory, mapped files left out."""
-    start, peak = time.perf_counter(), 0
+    """Seconds by the clock, seconds of processors, which a busy machine does not prolong, and the peak of the
+    process's own memory, mapped files left out.
+    """
+    start, before, peak = time.perf_counter(), processor_seconds(), 0
     process = subprocess.Popen([sys.executable, "-m", module, *arguments])
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
@@ -96,7 +103,16 @@ def run(module: str, *arguments: str) -> dict[str, Any]:
         time.sleep(0.05)
     if process.returncode:
         raise SystemExit(process.returncode)
-    return {"seconds": time.perf_counter() - start, "peak_own_bytes": peak}
+    return {
+        "seconds": time.perf_counter() - start, "cpu_seconds": processor_seconds() - before,
+        "peak_own_bytes": peak,
+    }  # fmt: skip
+
+
+def processor_seconds() -> float:
+    """What processes that have ended, and those that they started, took of all processors."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def room(path: Path) -> dict[str, int]:
@@ -115,15 +131,52 @@ def look(path: Path, checkpoint: Path, stages: int, full: bool) -> dict[str, Any
 
     start = time.perf_counter()
     artifact = Artifact.open(path, check="full" if full else "code")
-    seconds, facts = time.perf_counter() - start, artifact.meta["onnx"]["static"]
+    seconds = time.perf_counter() - start
     codes = [t for t in artifact.tensors.values() if t.dtype == "i8"]
     return {
         "open": {"check": "full" if full else "code", "seconds": seconds},
         "tensors": len(artifact.tensors), "weight_bytes": artifact.weight_bytes,
         "int8_tensors": len(codes), "int8_bytes": sum(t.nbytes for t in codes),
-        "programs": sum(len(bucket["programs"]) for bucket in facts["buckets"]),
+        **(plan_facts(artifact) if "plan" in artifact.meta else static_facts(artifact)),
         "golden": "golden" in artifact.meta,
         "wrong": list(wrong(artifact, checkpoint, stages)),
+    }  # fmt: skip
+
+
+def static_facts(artifact: Any) -> dict[str, Any]:
+    """Of an artifact of fixed shapes."""
+    return {"programs": sum(len(bucket["programs"]) for bucket in artifact.meta["onnx"]["static"]["buckets"])}
+
+
+def plan_facts(artifact: Any) -> dict[str, Any]:
+    """Of a launch plan: its devices, its roofline without single launches, and a dry run on cards of the size
+    that its arch is estimated on, where every launch and every handover of two steps is checked.
+    """
+    from dsv4c.runtime.gpu.dry_run import DryRunDevice
+    from dsv4c.runtime.gpu_backend import GpuBackend
+    from dsv4c.runtime.session import Session
+    from dsv4c.targets.hardware import load_devices
+
+    plan, known = artifact.meta["plan"], load_devices()
+    card = known[plan["roofline"]["device"]["name"]].memory
+    steps = {
+        name: {key: value for key, value in step.items() if key not in ("launches", "kernels")}
+        for name, step in plan["roofline"]["steps"].items()
+    }
+    devices = [DryRunDevice(card) for _ in plan["memory"]["devices"]]
+    backend = GpuBackend(artifact, devices, check=True, resident=True)
+    session = Session(artifact, context=plan["memory"]["context"], backend=backend)
+    start = time.perf_counter()
+    for tokens in (1, 512):
+        session.step(np.zeros((1, tokens), np.int32))
+    return {
+        "programs": len(plan["programs"]), "kernels": len(plan["kernels"]), "memory": plan["memory"],
+        "roofline": steps, "estimate": artifact.meta["report"].get("estimate"),
+        "dry_run": {
+            "seconds": time.perf_counter() - start, "launches": sum(len(d.launches) for d in devices),
+            "handed_bytes": sum(sum(d.taken) for d in devices),
+            "free_bytes": [d.free_bytes() for d in devices],
+        },
     }  # fmt: skip
 
 
@@ -136,8 +189,10 @@ def wrong(artifact: Any, checkpoint: Path, stages: int) -> Iterator[str]:
     from dsv4c.frontend.safetensors import TensorFiles
 
     files = TensorFiles.open(checkpoint)
-    held = sum(len(bucket["programs"]) for bucket in artifact.meta["onnx"]["static"]["buckets"])
-    if held != stages * len(artifact.meta["onnx"]["static"]["buckets"]):
+    planned = "plan" in artifact.meta
+    kinds = 2 if planned else len(artifact.meta["onnx"]["static"]["buckets"])
+    held = plan_programs(artifact) if planned else static_facts(artifact)["programs"]
+    if held != stages * kinds:
         yield f"{held} programs for {stages} stages"
     for name, entry in artifact.tensors.items():
         array = artifact.array(name)
@@ -156,20 +211,45 @@ def wrong(artifact: Any, checkpoint: Path, stages: int) -> Iterator[str]:
             yield f"{name} {entry.dtype}{list(entry.shape)} is not what zeros become"
 
 
+def plan_programs(artifact: Any) -> int:
+    return len(artifact.meta["plan"]["programs"])
+
+
 def table(r: dict[str, Any]) -> str:
     """The figures of a report, for a reader."""
     made, done = r["checkpoint"], r["compile"]
     return (
-        "| | seconds | own memory, GB | apparent GB | on disk, MB |\n|---|---|---|---|---|\n"
+        "| | seconds | of processors | own memory, GB | apparent GB | on disk, MB |\n"
+        "|---|---|---|---|---|---|\n"
         + "".join(
-            f"| {what} | {x['seconds']:.1f} | {x['peak_own_bytes'] / 1e9:.2f} "
+            f"| {what} | {x['seconds']:.1f} | {x['cpu_seconds']:.1f} | {x['peak_own_bytes'] / 1e9:.2f} "
             f"| {x['apparent_bytes'] / 1e9:.1f} | {x['disk_bytes'] / 1e6:.1f} |\n"
             for what, x in (("checkpoint", made), ("compile", done))
         )
         + f"\n{r['layers']} layers over {r['stages']} devices: {r['programs']} programs, {r['tensors']} "
-        f"tensors, {r['int8_bytes'] / 1e9:.1f} GB of INT8 in {r['int8_tensors']}; opened "
+        f"tensors, {r['weight_bytes'] / 1e9:.1f} GB, {r['int8_bytes'] / 1e9:.1f} GB of them INT8; opened "
         f"({r['open']['check']}) in {r['open']['seconds']:.1f} s, {len(r['wrong'])} tensors are wrong"
+        + devices(r)
     )
+
+
+def devices(r: dict[str, Any]) -> str:
+    """The devices of a launch plan, a row each; nothing for other artifacts."""
+    if "memory" not in r:
+        return ""
+    rows = [
+        f"| {n} | {d['layers'][0]} to {d['layers'][1]} | {d['weight_bytes'] / 1e9:.2f} "
+        f"| {d['state_bytes'] / 1e6:.1f} | {d['arena_bytes']['decode'] / 1e6:.2f} "
+        f"| {d['arena_bytes']['prefill'] / 1e6:.1f} |"
+        + "".join(f" {1e3 * r['roofline'][s]['stages'][n]['seconds']:.3g} |" for s in ("decode", "prefill"))
+        for n, d in enumerate(r["memory"]["devices"])
+    ]
+    least = "".join(f" {1e3 * r['roofline'][s]['seconds']:.3g} |" for s in ("decode", "prefill"))
+    return "\n".join([
+        "\n\n| device | layers | weights, GB | states, MB | arena of decode, MB | of prefill "
+        "| least ms of decode | of prefill |\n|---|---|---|---|---|---|---|---|",
+        *rows, f"| all | | | | | |{least}",
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":

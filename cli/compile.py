@@ -43,6 +43,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     plugin_option(parser)
     parser.add_argument(
+        "--devices", type=integer(1), metavar="N",
+        help="cut the model over N equal devices, each with some of the layers (default: what the pipeline "
+        "says, which is one)",
+    )  # fmt: skip
+    parser.add_argument(
         "--verify-passes", action="store_true",
         help="evaluate the graph on random inputs around every pass; stop at the first that breaks its word",
     )  # fmt: skip
@@ -78,7 +83,7 @@ def _run(args: argparse.Namespace) -> int:
         options: dict[str, Any] = {
             "target": args.target, "numerics": args.numerics, "format": args.format, "passes": args.passes,
             "plugins": args.plugin, "verify_passes": args.verify_passes, "golden": not args.no_golden,
-            "dump_ir": args.dump_ir, "progress": bars, "output": args.output,
+            "devices": args.devices, "dump_ir": args.dump_ir, "progress": bars, "output": args.output,
         }  # fmt: skip
         if args.export_checkpoint:
             _export(args)
@@ -154,6 +159,7 @@ COMPILE = Command(
         "dsv4c compile CHECKPOINT --target cpu:x86-64-v3 --format onnx -o m.dsv4",
         "dsv4c compile CHECKPOINT --target cpu -o m.dsv4 --dump-ir ir/ --verify-passes",
         'dsv4c compile CHECKPOINT --target cpu -o m.dsv4 --passes "without(fuse_index_select)"',
+        "dsv4c compile CHECKPOINT --target cuda:sm_90a --devices 8 -o m.dsv4",
     ),
     arguments=_arguments,
     run=_run,

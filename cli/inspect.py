@@ -16,7 +16,9 @@ from dsv4c.runtime.backends import dimension
 from dsv4c.runtime.container.several import section_names
 from dsv4c.runtime.session import DEFAULT_CONTEXT
 
+from . import devices
 from .base import Command, integer, json_option
+from .devices import device_rows, device_sentences, estimate_sentence, published_rows
 from .kernels import HEAD, NUMBERS, kernel_rows, step_sentences
 from .show import as_json, section, size, table
 
@@ -149,7 +151,7 @@ def _text(facts: dict[str, Any]) -> str:
             table(buffers, ("buffer", "dtype", "shape", "bytes"), right=[3]),
         ),
         section("golden vectors", vectors),
-        *([section("kernels", _kernels(facts["plan"]))] if facts.get("plan") else []),
+        *_planned(facts),
         section("report", _report(facts["report"])),
     ))  # fmt: skip
 
@@ -165,6 +167,23 @@ def _archs(code: list[dict[str, Any]]) -> str:
         for a in code
     ]  # fmt: skip
     return table(rows, ("arch", "machine", "bytes", ""), right=[2])
+
+
+def _planned(facts: dict[str, Any]) -> list[str]:
+    """What a launch plan says of its devices and kernels, and what others measured on such a device."""
+    plan, estimate = facts.get("plan"), facts["report"].get("estimate")
+    if not plan:
+        return []
+    out = []
+    if "memory" in plan:
+        rows = table(device_rows(plan), devices.HEAD, right=sorted(devices.NUMBERS))
+        out.append(section("devices", "\n".join([rows, *device_sentences(plan)])))
+    if estimate:
+        rows = published_rows(estimate)
+        others = table(rows, devices.OTHERS_HEAD if rows else (), right=sorted(devices.OTHERS_NUMBERS))
+        said = f"{estimate_sentence(estimate)}\n{others}"
+        out.append(section("estimate, and what others have published", said))
+    return [*out, section("kernels", _kernels(plan))]
 
 
 def _kernels(plan: dict[str, Any]) -> str:

@@ -51,8 +51,8 @@ def _rehearse(args: argparse.Namespace, artifact: Artifact) -> int:
     """A launch plan without its device: every launch is checked, and nothing is computed."""
     found = rehearse(artifact)
     print(as_json({"ok": True, "computed": False, **asdict(found)}) if args.json else (
-        f"ok: {found.launches} launches of {found.kernels} kernels in {found.steps} steps checked, nothing "
-        "computed\nverify --on device compares numbers where the device is"
+        f"ok: {found.launches} launches of {found.kernels} kernels in {found.steps} steps on {found.devices} "
+        "device(s) checked, nothing computed\nverify --on device compares numbers where the device is"
     ))  # fmt: skip
     return 0
 

@@ -60,6 +60,7 @@ class Pass:
         gives: the level of its result, or None to keep it.
         doc: one sentence for `dsv4c passes`.
         rules: what the inherited `run` applies, once over the module in op order.
+        spreads: the option that says over how many devices a model is cut; "" where there is none.
     """
 
     name: ClassVar[str]
@@ -67,6 +68,7 @@ class Pass:
     takes: ClassVar[frozenset[Level]] = frozenset(Level)
     gives: ClassVar[Level | None] = KEEP
     rules: ClassVar[tuple[Rule, ...]] = ()
+    spreads: ClassVar[str] = ""
 
     def run(self, module: Module) -> int:
         """Change `module` in place; returns how many places changed.

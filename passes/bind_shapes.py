@@ -30,6 +30,7 @@ class BindShapes(Pass):
     doc: ClassVar[str] = "fix the batch, the context and the tokens per call that programs are made for"
     takes: ClassVar[frozenset[Level]] = frozenset({Level.FUSED})
     gives: ClassVar[Level | None] = Level.FUSED
+    spreads: ClassVar[str] = "stages"
     tokens: str = "1,128"
     batch: int = 1
     context: int = 4096

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from dsv4c.errors import Dsv4cError, PassError, unknown
+from dsv4c.errors import Dsv4cError, PassError, UsageError, unknown
 from dsv4c.ir.graph import Module, Op
 from dsv4c.ir.lexer import Cursor
 from dsv4c.ir.text import around
@@ -116,6 +116,23 @@ def _edit(word: str, cursor: Cursor, passes: list[Pass], known: Mapping[str, typ
 
 def print_pipeline(passes: Pipeline) -> str:
     return ",".join(str(p) for p in passes)
+
+
+def over_devices(pipeline: Sequence[Pass], devices: int | None) -> tuple[Pass, ...]:
+    """The pipeline with the pass that cuts a model told to cut it over so many devices; None changes nothing.
+
+    Raises:
+        UsageError: no pass of the pipeline cuts a model.
+    """
+    if devices is None:
+        return tuple(pipeline)
+    if not any(p.spreads for p in pipeline):
+        able = ", ".join(name for name, p in sorted(PASSES.items()) if p.spreads)
+        raise UsageError(
+            f"{devices} devices for a pipeline that cuts no model", where="compile",
+            allowed=f"a pipeline with one of {able}", hint="cuda, rocm, ascend and mlu have one",
+        )  # fmt: skip
+    return tuple(replace(p, **{p.spreads: devices}) if p.spreads else p for p in pipeline)
 
 
 # ----------------------------------------------------------------------------------- running

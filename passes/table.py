@@ -21,6 +21,7 @@ from .prune_experts import PruneExperts
 from .quantise_activations import QuantiseActivations
 from .reference_rounding import ApplyReferenceRounding
 from .requantise import Requantise
+from .spread_layers import SpreadLayers
 
 PASSES: dict[str, type[Pass]] = {
     p.name: p
@@ -44,6 +45,7 @@ PASSES: dict[str, type[Pass]] = {
         NarrowWeights,
         PlanMemory,
         BindShapes,
+        SpreadLayers,
         PruneExperts,
         ApplyReferenceRounding,
         Requantise,

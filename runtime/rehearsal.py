@@ -8,7 +8,7 @@ from dsv4c.errors import ArtifactError
 
 from .container import Artifact
 from .gpu.dry_run import DryRunDevice
-from .gpu_backend import GpuBackend
+from .gpu_backend import GpuBackend, read_plan
 from .session import Session
 from .verify import golden_calls, golden_tower
 
@@ -21,15 +21,18 @@ class Rehearsal:
         steps: calls of the golden prompt.
         launches: of all steps together, and of the image encoder where there is one.
         kernels: distinct ones among them.
+        devices: on which they would run.
     """
 
     steps: int
     launches: int
     kernels: int
+    devices: int = 1
 
 
 def rehearse(artifact: Artifact) -> Rehearsal:
-    """Check every launch of the golden prompt: bounds, alignment, grid, shared memory, order, lives.
+    """Check every launch of the golden prompt: bounds, alignment, grid, shared memory, order, lives; and what
+    passes between devices.
 
     Needs neither a device nor a driver, and says nothing about numbers.
 
@@ -40,10 +43,12 @@ def rehearse(artifact: Artifact) -> Rehearsal:
         raise ArtifactError(
             "has no golden prompt", where=str(artifact.path), hint="compile without --no-golden"
         )
-    device, context = DryRunDevice(), len(artifact.array("golden.tokens"))
-    session = Session(artifact, context=context, backend=GpuBackend(artifact, device, check=True))
+    devices = [DryRunDevice() for _ in read_plan(artifact).stages]
+    context = len(artifact.array("golden.tokens"))
+    session = Session(artifact, context=context, backend=GpuBackend(artifact, devices, check=True))
     calls = list(golden_calls(session))
     for tokens, images in calls:
         session.step(tokens, images=images)
     golden_tower(session)
-    return Rehearsal(len(calls), len(device.launches), len({name for name, _ in device.launches}))
+    launches = [launch for device in devices for launch in device.launches]
+    return Rehearsal(len(calls), len(launches), len({name for name, _ in launches}), len(devices))

@@ -7,7 +7,7 @@ others have published for the same model and device stands beside it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from dsv4c.errors import TargetError, UsageError, unknown
 from dsv4c.ir.graph import Module
 
 from .hardware import Device
+from .hardware import device as named
 from .placement import HEADROOM, Demand, Placement, Shares, place
 from .roofline import ARITHMETIC, Machine, Step
 from .workload import CLASSES, Workload, number_classes, survey
@@ -172,31 +173,53 @@ def estimate(
     )
 
 
-def estimate_artifact(module: Module, device: Device, exact: bool) -> Estimate:
-    """The estimate for an artifact of fixed shapes: its batch, context, longest program and stages.
+def estimate_artifact(
+    module: Module, lowered: Module, name: str, devices: Mapping[str, Device], exact: bool
+) -> Estimate | None:
+    """The estimate for an artifact: its batch, context, longest program and devices, one for each stage.
 
     Args:
         module: at level MODEL, with the weights as the artifact's passes left them.
-        exact: whether its matrices are stored as F32, whatever the checkpoint's formats.
+        lowered: what the artifact is made of; what it is estimated for is what `bind_shapes` or
+            `spread_layers` left there.
+        name: of the device among `devices`; "" where it is this machine.
+        exact: whether an artifact of fixed shapes stores its matrices as F32, whatever the checkpoint's
+            formats; a launch plan keeps these.
+
+    Returns:
+        None where it is for this machine, for any sizes and one device, or no language model.
 
     Raises:
         TargetError: it does not fit as many devices as it has stages; names the number that does.
     """
-    shapes = module.meta["static_shapes"]
-    assert isinstance(shapes, dict)
-    longest = module.meta.get("max_positions", shapes["context"])
-    assert isinstance(longest, int)
-    asked = Settings(
-        shapes["batch"], min(shapes["context"], longest), shapes["tokens"][-1], shapes["stages"],
-        shapes["stages"], "f32",
-    )  # fmt: skip
-    w = survey(module, dict.fromkeys(CLASSES if exact else number_classes(module), "f32"))
+    if not name or "logits" not in lowered.outputs:
+        return None
+    shapes, spread = lowered.meta.get("static_shapes"), lowered.meta.get("spread")
+    numbers: Collection[str] = ()
+    if isinstance(shapes, dict):
+        asked = _asked(shapes, shapes["stages"], shapes["tokens"][-1], module)
+        numbers = CLASSES if exact else number_classes(module)
+    elif isinstance(spread, dict) and spread["devices"] > 1:
+        asked = _asked(spread, spread["devices"], min(Settings.prompt, spread["context"]), module)
+    else:
+        return None
+    w, device = survey(module, dict.fromkeys(numbers, "f32")), named(name, devices)
+    if asked.devices > len(w.layers):
+        allowed = f"at most its {len(w.layers)} layers"
+        raise TargetError(f"{asked.devices} devices", where=module.name, allowed=allowed)
     try:
         return estimate(w, device, asked)
     except TargetError as error:
         enough = _stages_that_fit(w, device, asked)
-        hint = f"bind_shapes{{stages={enough}}} fits" if enough else "no number of stages fits"
+        hint = f"--devices {enough} fits" if enough else "no number of devices fits"
         raise TargetError(str(error).partition("; allowed")[0], where=device.name, hint=hint) from None
+
+
+def _asked(sizes: Mapping[str, int], stages: int, prompt: int, module: Module) -> Settings:
+    """A stage for each device, and no context that the model does not allow."""
+    longest, context = module.meta.get("max_positions"), sizes["context"]
+    context = min(context, longest) if isinstance(longest, int) else context
+    return Settings(sizes["batch"], context, prompt, stages, stages, "f32")
 
 
 def _stages_that_fit(w: Workload, device: Device, asked: Settings) -> int:

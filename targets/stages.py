@@ -19,6 +19,9 @@ from .placement import balanced_runs
 STREAMS = "streams"
 """The name between two stages of what the earlier one leaves in the streams."""
 
+VIEWS = frozenset({"split_heads", "merge_heads", "split_columns", "round_values"})
+"""Ops that cost nothing or next to nothing; a stage that keeps replicas makes them itself."""
+
 
 @dataclass(frozen=True, eq=False)
 class Stage:
@@ -29,7 +32,7 @@ class Stage:
         inputs: what earlier stages have made, by the names that their `outputs` have. Of entries it is what
             this step has made; the state that they extend is an argument of both stages.
         outputs: what later stages read, logits, and the states of its layers; the position is the last
-            stage's.
+            stage's. With replicas, every state that it reads.
         ops: what it computes, in order, without weights. What does not depend on embeddings (positions,
             angles) is computed in every stage that reads it.
     """
@@ -43,17 +46,26 @@ class Stage:
 
 def split(
     module: Module, count: int, sizes: Mapping[Op, int], given: Iterable[Value] = (),
-    outputs: Mapping[str, Value] | None = None,
+    outputs: Mapping[str, Value] | None = None, *, besides: Mapping[str, int] | None = None,
+    replicas: bool = False,
 ) -> list[Stage]:  # fmt: skip
-    """Stages whose weights are as even as runs of whole layers can be.
+    """Stages whose weights and states are as even as runs of whole layers can be.
+
+    What stands ahead of the first layer counts with it, and what stands behind the last with that.
 
     Args:
         sizes: bytes of every weight op.
         given: values that come from outside, though an op makes them.
         outputs: those of the module that stages are to give; by default all.
+        besides: other bytes that count, by name: those of a layer's state with that layer, others with the
+            first.
+        replicas: whether a stage keeps a copy of every state that it reads, and writes to it itself what the
+            state's own stage writes. Then nothing of a state passes between stages but what is written to
+            it, and no name in `inputs` means two values.
 
     Raises:
-        TargetError: more stages than layers, or a layer reads a weight or a state of another stage.
+        TargetError: more stages than layers; or, without replicas, a layer reads a weight or a state of
+            another stage.
     """
     outputs, known = dict(module.outputs if outputs is None else outputs), set(given)
     if count == 1:
@@ -61,12 +73,24 @@ def split(
     streams = {_number(layer): value for layer, value in stream_values(module).items()}
     if count > len(streams):
         raise TargetError(f"{count} stages", where=module.name, allowed=f"at most its {len(streams)} layers")
-    weights = [0.0] * len(streams)
-    for op, nbytes in sizes.items():
+    runs = balanced_runs(_bytes_by_layer(module, len(streams), sizes, besides or {}), count)
+    return _Cut(module, runs, streams, known, outputs, replicas).stages()
+
+
+def _bytes_by_layer(
+    module: Module, layers: int, sizes: Mapping[Op, int], besides: Mapping[str, int]
+) -> list[float]:
+    """What each layer brings along."""
+    held, begun = [0.0] * layers, False
+    for op in module.ops:
         layer = _layer_of(op.loc)
-        if layer is not None and layer < len(weights):
-            weights[layer] += nbytes
-    return _Cut(module, balanced_runs(weights, count), streams, known, outputs).stages()
+        begun = begun or layer is not None
+        at = layer if layer is not None else layers - 1 if begun else 0
+        if at < layers:
+            held[at] += sizes.get(op, 0)
+    for name, nbytes in besides.items():
+        held[_layer_of(name) or 0] += nbytes
+    return held
 
 
 @dataclass(eq=False)
@@ -76,7 +100,10 @@ class _Cut:
     Attributes:
         runs: first and last layer of every stage.
         streams: layer -> the streams behind it.
-        home: op that depends on embeddings -> the number of its stage.
+        replicas: see `split`.
+        home: op that depends on embeddings -> the number of its stage; not of those that every stage
+            computes which reads them.
+        names: value that passes -> its name, with replicas.
     """
 
     module: Module
@@ -84,15 +111,20 @@ class _Cut:
     streams: Mapping[int, Value]
     given: set[Value]
     outputs: Mapping[str, Value]
+    replicas: bool
     home: dict[Op, int] = field(default_factory=dict)
+    names: dict[Value, str] = field(default_factory=dict)
 
     def stages(self) -> list[Stage]:
         self._settle()
         leave: list[dict[str, Value]] = [{} for _ in self.runs]
         for name, value in self.outputs.items():
-            leave[self._stage_of_output(name)][name] = value
+            if not self.replicas or name not in self.module.states or _layer_of(name) is not None:
+                leave[self._stage_of_output(name)][name] = value
         out: list[Stage] = []
         for number in range(len(self.runs) - 1, -1, -1):  # later stages say what earlier ones must leave
+            if self.replicas:
+                self._keep_states(number, leave)
             read = self._read(number, leave[number].values())
             inputs = {self._name(value, number): value for value in read}
             for name, value in inputs.items():
@@ -101,7 +133,8 @@ class _Cut:
             ops = _needed(self.module, leave[number].values(), self.given | set(read))
             first, last = self.runs[number]
             stage = Stage(first, last, inputs, dict(sorted(leave[number].items(), key=_streams_first)), ops)
-            self._check(stage)
+            if not self.replicas:
+                self._check(stage)
             out.append(stage)
         return out[::-1]
 
@@ -117,7 +150,24 @@ class _Cut:
             layer = _layer_of(op.loc)
             at = len(self.runs) - 1 if op.loc == "head" else at
             at = at if layer is None else self._stage_of(layer)
-            self.home[op] = at
+            if not (self.replicas and (op.definition.consumes is not None or op.name in VIEWS)):
+                self.home[op] = at
+
+    def _keep_states(self, number: int, leave: Sequence[dict[str, Value]]) -> None:
+        """Let a stage leave the successor of every state that it reads; the first one also what none reads.
+        """
+        names = {value: name for name, value in self.module.states.items() if name in self.outputs}
+        left = leave[number]
+        if number == 0:
+            everywhere = {name for one in leave for name in one}
+            left |= {name: self.outputs[name] for name in names.values() if name not in everywhere}
+        while True:
+            read = self._read(number, left.values())
+            ops = _needed(self.module, left.values(), self.given | set(read))
+            found = {names[v] for op in ops for v in op.operands if v in names} - left.keys()
+            if not found:
+                return
+            left |= {name: self.outputs[name] for name in names.values() if name in found}
 
     def _stage_of(self, layer: int) -> int:
         return next(i for i, (_, last) in enumerate(self.runs) if layer <= last)
@@ -141,6 +191,8 @@ class _Cut:
 
     def _name(self, value: Value, number: int) -> str:
         """What a value is called where stage `number` reads it: an output of the module has its name."""
+        if self.replicas:
+            return self._own_name(value)
         if value is self.streams[self.runs[number - 1][1]]:
             return STREAMS
         for name, output in self.module.outputs.items():
@@ -149,6 +201,19 @@ class _Cut:
         op = value.producer
         assert op is not None
         return f"{op.loc}.{op.name}.{self.module.ops.index(op)}.{op.results.index(value)}"
+
+    def _own_name(self, value: Value) -> str:
+        """What a value is called in all stages: its layer's streams, or the op that made it."""
+        if value not in self.names:
+            op = value.producer
+            assert op is not None
+            several = f".{op.results.index(value)}" if len(op.results) > 1 else ""
+            known = {v: f"layers.{layer}.{STREAMS}" for layer, v in self.streams.items()}
+            name = known.get(value, f"{op.loc}.{op.name}{several}")
+            while name in self.names.values():
+                name += "'"
+            self.names[value] = name
+        return self.names[value]
 
     def _check(self, stage: Stage) -> None:
         """Refuse a weight or a state of another stage, but for the entries that an input extends."""

@@ -60,9 +60,10 @@ class FakeDriver:
     """A driver's library that keeps its memory in Python and notes every call."""
 
     def __init__(
-        self, version: int = 13000, capability: tuple[int, int] = (9, 0), name: bytes = b"gfx942"
-    ) -> None:
-        self.version, self.capability, self.name = version, capability, name
+        self, version: int = 13000, capability: tuple[int, int] = (9, 0), name: bytes = b"gfx942",
+        devices: int = 1,
+    ) -> None:  # fmt: skip
+        self.version, self.capability, self.name, self.devices = version, capability, name, devices
         self.calls: list[str] = []
         self.launches: list[tuple[tuple[int, ...], int]] = []
         self.memory: dict[int, Any] = {}
@@ -87,6 +88,16 @@ class FakeDriver:
 
     def _drivergetversion(self, out: Any) -> int:
         out._obj.value = self.version
+        return 0
+
+    def _devicegetcount(self, out: Any) -> int:
+        out._obj.value = self.devices
+        return 0
+
+    _getdevicecount = _devicegetcount
+
+    def _devicecanaccesspeer(self, out: Any, device: Any, peer: Any) -> int:
+        out._obj.value = int(device.value != peer.value)
         return 0
 
     def _devicegetattribute(self, out: Any, attribute: Any, device: Any) -> int:
@@ -167,7 +178,10 @@ class Interpreter:
     def run(
         self, path: Path, calls: list[tuple[Mapping[str, Arr], Mapping[str, Arr]]], part: str = ""
     ) -> list[Any]:
-        """[(outputs, states)] of calls of an artifact or of a part of it, one after the other."""
+        """[(outputs, states)] of calls of an artifact or of a part of it, one after the other.
+
+        Calls may share a state, which then stays on the devices between them; it is that after the last.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
         pickle.dump((str(path), calls, part), self._process.stdin)
         self._process.stdin.flush()

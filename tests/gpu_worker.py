@@ -18,15 +18,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / ".pkg"))
 
 from dsv4c.runtime.container import Artifact
-from dsv4c.runtime.gpu_backend import GpuBackend
+from dsv4c.runtime.gpu_backend import GpuBackend, read_plan
 from dsv4c.targets.gpu.interpret import InterpreterDevice  # switches the interpreter on
 
 
 def answer(path: str, calls: list[tuple[dict[str, Any], dict[str, Any]]], part: str) -> list[Any]:
-    """Every call on one backend, states updated in place."""
-    backend, out = GpuBackend(Artifact.open(path), InterpreterDevice(), check=True), []
-    for inputs, state in calls:
+    """Every call on one backend, states updated in place; those of calls that share one stay on the devices
+    between them.
+    """
+    artifact = Artifact.open(path)
+    devices = [InterpreterDevice() for _ in read_plan(artifact).stages]
+    backend, out = GpuBackend(artifact, devices, check=True, resident=True), []
+    for number, (inputs, state) in enumerate(calls, 1):
         found = backend.call_part(part, list(inputs.values())) if part else backend.call(inputs, state)
+        if number == len(calls) or calls[number][1] is not state:
+            backend.bring()
         out.append((found, state))
     return out
 

@@ -162,7 +162,7 @@ def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("path", "value", "what"),
     [
-        ("version", 2, "its launch plan has version 2; allowed: 1"),
+        ("version", 1, "its launch plan has version 1; allowed: 2"),
         ("vendor", "metal", "vendor 'metal'; allowed: cuda, hip"),
         ("arch", 3, r"here\.arch: '3' is no str"),
         ("exact", "yes", r"here\.exact: 'yes' is no bool"),
@@ -225,7 +225,7 @@ def small() -> tuple[Plan, dict[str, int]]:
 
     program = Program("many", "1", 0, held, ("B*T*16", "B*T*16"), launches, {"c": "c"})
     inputs = (Buffer("x", "input", "f32", ("B", "T", "4")),)
-    return Plan(1, "cuda", "sm_90a", "9.0", True, 0, 2048, inputs, (kernel,), (program,)), {"B": 2, "T": 3}
+    return Plan(2, "cuda", "sm_90a", "9.0", True, 0, 2048, inputs, (kernel,), (program,)), {"B": 2, "T": 3}
 
 
 @pytest.mark.parametrize(
@@ -317,10 +317,11 @@ def loaded(plan: Plan) -> tuple[Plan, bytes]:
 @pytest.mark.parametrize("vendor", ["cuda", "hip"])
 def test_a_driver_is_called_as_it_wants_to_be(vendor: str) -> None:
     plan, code = loaded(small()[0])
-    fake = FakeDriver()
+    fake = FakeDriver(devices=2)
     if vendor == "hip":
         plan = dataclasses.replace(plan, vendor="hip", capability="gfx942")
-    device: Any = CudaDevice(plan, "m.dsv4", fake) if vendor == "cuda" else HipDevice(plan, "m.dsv4", fake)
+    kind: Any = CudaDevice if vendor == "cuda" else HipDevice
+    device, other = kind(plan, "m.dsv4", fake), kind(plan, "m.dsv4", fake, 1)
     device.load(plan.kernels, code)
     address = device.allocate(64)
     given = np.arange(16, dtype=np.float32)
@@ -334,6 +335,8 @@ def test_a_driver_is_called_as_it_wants_to_be(vendor: str) -> None:
     assert device.begin_graph()
     device.launch(0, (1, 1, 1), [address, address, 7])
     device.run_graph(device.end_graph())
+    assert device.free_bytes() == 100 << 20
+    device.take(other, [(address, other.allocate(64), 64)])
     device.free(address)
     api = CUDA if vendor == "cuda" else HIP
     assert set(fake.calls) == set(api.functions.values()) - {"cuGetErrorString"}

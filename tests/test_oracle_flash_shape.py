@@ -12,8 +12,14 @@ import pytest
 
 from dsv4c import api
 from dsv4c.cli.estimate_source import module_of
+from dsv4c.passes import over_devices
 from dsv4c.runtime.container.layout import STORAGE
+from dsv4c.runtime.gpu.check import check_step
 from dsv4c.targets import TARGETS, parse_target
+from dsv4c.targets.gpu.arch import gpu
+from dsv4c.targets.gpu.devices import check_fits, device_facts
+from dsv4c.targets.gpu.plan import draft
+from dsv4c.targets.hardware import load_devices
 from dsv4c.targets.mlu.scripts import device_files
 from dsv4c.targets.onnx.emit_static import emit_static
 
@@ -101,3 +107,27 @@ def test_flash_in_other_formats(target: str, numerics: str, stages: int, low: fl
     emit_static(lowered, module.store, artifact, dialect)
     assert low < artifact.nbytes < high
     assert len(artifact.programs) == 2 * stages
+
+
+@pytest.mark.parametrize(
+    ("target", "card"),
+    [("cuda:sm_90a", "h200"), pytest.param("rocm:gfx942", "mi300x", marks=pytest.mark.matrix)],
+)
+def test_flash_as_a_plan_for_eight_cards(target: str, card: str) -> None:
+    """Every launch and handover of a token and of a prompt; no card has a fifth more than the mean."""
+    module, _ = module_of(CONFIG)
+    module.store = NoBytes()
+    family, arch = parse_target(target)
+    _, pipeline = api.in_numerics(family, arch, family.format("plan"))
+    lowered = api.lower(module, target, "plan", passes=over_devices(pipeline, 8)).module
+    plan = draft(lowered, gpu(arch.name)).plan
+    facts = device_facts(plan, lowered)
+    check_fits(facts, load_devices()[card])
+    held = [d["weight_bytes"] + d["state_bytes"] for d in facts["devices"]]
+    assert 155e9 < sum(held) < 165e9 and max(held) < 1.2 * sum(held) / 8
+    assert [h["name"] for h in facts["handovers"]] == [
+        f"layers.{d['layers'][1]}.streams" for d in facts["devices"][:-1]
+    ]
+    for tokens in (1, 512):
+        sizes = {"B": 1, "T": tokens, "L": 1, "ctx": 8192, "ctx_4": 2048, "ctx_128": 64}
+        check_step(plan, sizes)

@@ -78,3 +78,27 @@ def test_the_report_has_its_kernels(
     page = tmp_path / "r.html"
     assert cli.main(["report", str(artifact), "-o", str(page), "--ceilings", "500,40"]) == 0
     assert "Kernels of the launch plan" in page.read_text() and "HGMMA" in page.read_text()
+
+
+@pytest.mark.parametrize("name", ["v4", "v41"])
+def test_an_artifact_for_several_devices(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compiled, rehearsed on as many devices, refused without them, and shown device by device."""
+    path = tmp_path / "m.dsv4"
+    command = ["compile", str(GOLDEN / name), "--target", "rocm:gfx942", "--devices", "3", "-o", str(path)]
+    assert cli.main(command) == 0
+    meta = Artifact.open(path).meta
+    assert len(meta["plan"]["memory"]["devices"]) == meta["report"]["estimate"]["devices"] == 3
+    assert "spread_layers{devices=3," in meta["report"]["pipeline"]
+    capsys.readouterr()
+    assert cli.main(["verify", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] and found["devices"] == 3 and found["launches"] > 5 * found["kernels"] / 2
+    assert cli.main(["inspect", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "Handed over: layers." in printed and "Estimated, not measured, for 3 x mi300x" in printed
+    pytest.importorskip("matplotlib")
+    page = tmp_path / "r.html"
+    assert cli.main(["report", str(path), "-o", str(page), "--ceilings", "500,40"]) == 0
+    assert "Devices of the launch plan" in page.read_text()

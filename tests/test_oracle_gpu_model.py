@@ -187,3 +187,49 @@ def test_v41_in_bf16(worker: Interpreter, tmp_path: Path) -> None:
     text = PLAN_PIPELINE.replace(",merge_projections", ',quantise_activations{rule="bf16"},merge_projections')
     module = api.lower(api.load_checkpoint(GOLDEN / "v41"), "cuda:sm_90a", "plan", text).module
     run(worker, module, tmp_path / "m.dsv4", cut(prompt("v41_text")[0], [3]), 4e-3)
+
+
+# ---------------------------------------------------------------------------------- several devices
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [
+        ("v4", 2),
+        ("v41_text", 3),
+        pytest.param("v4", 3, marks=pytest.mark.matrix),
+        pytest.param("v41_text", 2, marks=pytest.mark.matrix),
+    ],
+)
+def test_several_devices_give_the_bits_of_one(
+    worker: Interpreter, tmp_path: Path, name: str, devices: int
+) -> None:
+    """Logits and states of a prompt and a token, by the plan of one device and by that of several, states on
+    the devices in between; memory there begins as NaN, so that what was not handed over would show.
+    """
+    module = lowered(GOLDEN / name.partition("_")[0])
+    fresh = Evaluator(module, precision=np.float32).fresh_state(B=1, ctx=64)
+    fed = [p[0] for p in cut(prompt(name)[0], [3, 1])] if name != "v4" else [ints(3, 9, 4), ints(2)]
+    found = []
+    for count in (1, devices):
+        module.meta["spread"] = {"devices": count, "batch": 1, "context": 8192}
+        artifact = write_draft(module, module.store, tmp_path / f"{count}.dsv4")
+        state = {n: np.array(v) for n, v in fresh.items()}
+        calls = []
+        for ids in fed:
+            given = {
+                "tokens": ids.reshape(1, -1).astype(np.int32), "n_valid": ints(ids.size),
+                "rows": np.arange(ids.size, dtype=np.int32)[None],
+            }  # fmt: skip
+            if "images" in module.inputs:
+                none = no_images(1, 128)
+                given |= {"images": none.rows, "n_images": none.counts}
+            calls.append((given, state))
+        done = worker.run(artifact, calls)
+        found.append(([out["logits"] for out, _ in done], done[-1][1]))
+    (one, kept), (several, left) = found
+    for want, got in zip(one, several, strict=True):
+        assert np.isfinite(want).all()
+        np.testing.assert_array_equal(got, want)
+    for state_name, value in kept.items():
+        np.testing.assert_array_equal(left[state_name], value, err_msg=state_name)

@@ -205,6 +205,7 @@ IDLE = {
     "layout_engram": "the model has no n-gram tables; tests/test_layout_engram.py has",
     "allow_replay": "the model has no decoder half; tests/test_replay.py has",
     "plan_memory": "it changes nothing and leaves a note",
+    "spread_layers": "it changes nothing and leaves a note",
 }
 FIRST = {
     "instrument_experts": "fuse_swiglu,fuse_expert_gemms",

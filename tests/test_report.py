@@ -73,6 +73,10 @@ def full(artifact: Path) -> Artifact:
         "decode": {**step, "seconds": 0.0123, "tokens_per_second": 81.3},
         "prefill": {**step, "seconds": None, "tokens_per_second": None, "bound": "unknown"},
         "assumptions": ["70% of the arithmetic", "10% of the memory stays free"],
+        "published": [{
+            "devices": None, "batch": 7, "context": 8192, "formats": "W8A8", "milliseconds": 27.82,
+            "tokens_per_second_per_device": 4025, "source": "a guide", "caveat": "offline",
+        }],
         "placement": {
             "stages": [{"layers": [0, 1], "devices": [0]}, {"layers": [2, 2], "devices": [1]}],
             "memory": [{"dense": 1 << 20, "experts": 1 << 28, "state": 4096, "total": 1 << 29}] * 2,
@@ -84,12 +88,23 @@ def full(artifact: Path) -> Artifact:
 
 
 def launch_plan() -> dict[str, Any]:
-    """What an artifact for a GPU says of its kernels."""
+    """What an artifact for two GPUs says of its kernels and its devices."""
     row = {"launches": 7, "flops": 10, "weight_bytes": 100, "data_bytes": 20, "bound": "memory"}
     kernels = [{"kernel": 0, **row, "seconds": 1.25e-05}, {"kernel": 1, **row, "seconds": None}]
     step = {"tokens": 1, "past": 1024, "program": "few", "flops": 2e9, "weight_bytes": 1e6, "data_bytes": 0}
+    on_device = {"seconds": 6.1e-05, "handed_bytes": 65536, "link_seconds": 1.5e-07}
+    devices = [
+        {
+            "layers": layers, "weight_bytes": 3 << 30, "state_bytes": 5 << 20,
+            "arena_bytes": {"decode": 7 << 10, "prefill": 11 << 20},
+            "handed_bytes": {"decode": 0, "prefill": 64},
+        } for layers in ([0, 20], [21, 42])
+    ]  # fmt: skip
+    streams = {"name": "layers.20.streams", "dtype": "f32", "shape": ["B", "T"], "source": 0, "target": 1}
+    memory = {"batch": 1, "context": 8192, "devices": devices, "handovers": [streams]}
     facts = {"registers": 168, "spilled": 0, "occupancy": 0.188, "matrix": {"HGMMA": 24}}
     return {
+        "memory": memory,
         "kernels": [
             {"name": "linear", "shared": 73728, **facts},
             {"name": "norm", "shared": 0, **facts, "matrix": {}},
@@ -97,8 +112,10 @@ def launch_plan() -> dict[str, Any]:
         "roofline": {
             "device": {"name": "h200", "bandwidth": 4.8e12, "bf16": 9.89e14, "f32": None},
             "steps": {
-                "decode": {**step, "seconds": 0.000123, "launches": [1.0] * 212, "kernels": kernels},
-                "prefill": {**step, "seconds": None, "launches": [None], "kernels": []},
+                "decode": {**step, "seconds": 0.000123, "launches": [1.0] * 212, "kernels": kernels,
+                           "stages": [on_device] * 2},
+                "prefill": {**step, "seconds": None, "launches": [None], "kernels": [],
+                            "stages": [{**on_device, "link_seconds": None}] * 2},
             },
         },
     }  # fmt: skip
@@ -190,6 +207,11 @@ def test_the_numbers_are_on_the_page(artifact: Path) -> None:
         "<td class=n>12.5</td>",
         "h200, 4800 GB/s, 989 TFLOP/s of BF16, unknown of FP32",
         "at least 123 us in 212 launches of program few, 1 MB and 2 GFLOP",
+        "<td>1</td><td>21 to 42</td><td class=n>3 GiB</td><td class=n>5 MiB</td><td class=n>7 KiB</td>",
+        "<td class=n>27.82</td><td class=n>4025</td><td>W8A8</td><td>a guide: offline</td>",
+        "Handed over: layers.20.streams f32[B, T].",
+        "decode: 123 us in all, 0.3 us of them on links.",
+        "prefill: unknown us in all, unknown us of them on links.",
     ):
         assert words in text, words
 

@@ -88,16 +88,17 @@ class TimedBackend(GpuBackend):
     """A plan whose weights are made up, with its steps repeated at one place."""
 
     def __init__(self, held: Held, plan: Plan, device: Device, meter: Meter, check: bool) -> None:
-        self._meter, self._filler = meter, Filler(plan, device, meter)
+        self._device, self._meter, self._filler = device, meter, Filler(plan, device, meter)
         self._rng = np.random.default_rng(2)
         super().__init__(held, device, check=check, resident=True)  # type: ignore[arg-type]
+        (self._runner,) = self._runners
         meter.wait()
 
-    def _upload(self, buffer: Buffer) -> int:
+    def _upload(self, device: Device, buffer: Buffer) -> int:
         if buffer.name in self.artifact.tensors:
-            return super()._upload(buffer)
+            return super()._upload(device, buffer)
         nbytes = size(buffer.elements, {}) * buffer.item_bytes
-        address = self._device.allocate(-(-nbytes // ALIGN) * ALIGN)
+        address = device.allocate(-(-nbytes // ALIGN) * ALIGN)
         self._filler.weight(buffer, address)
         return address
 
@@ -110,7 +111,8 @@ class TimedBackend(GpuBackend):
         sizes = case.sizes(self.plan)
         program = self.plan.program(sizes)
         arguments = {b.name for b in (*self.plan.inputs(), *self.plan.of_kind("state"))}
-        bound = self._bind("", sizes, arguments)
+        self._check_once("", sizes)
+        bound = self._runner.bind("", sizes, arguments)
         inputs = self._inputs(case, sizes)
         self._fill_states(sizes)
         out = Timed(case, program.name)
@@ -119,12 +121,12 @@ class TimedBackend(GpuBackend):
             self._at(case, sizes)
             start = time.perf_counter()
             for name, array in inputs.items():
-                self._device.write(self._addresses[name], array)
+                self._runner.write(name, array)
             first = self._meter.mark()
-            self._run(bound)
+            self._runner.run(bound)
             last = self._meter.mark()
             seconds = self._meter.seconds(first, last)
-            logits = self._result(*bound.outputs["logits"])
+            logits = self._runner.result(bound, "logits")
             out.whole.append(time.perf_counter() - start)
             out.steps.append(seconds)
             self._meter.forget(first, last)
@@ -153,13 +155,13 @@ class TimedBackend(GpuBackend):
             nbytes = size(buffer.elements, sizes) * buffer.item_bytes
             if buffer.dtype == "i32":
                 zeros = np.zeros(nbytes // 4, np.int32)
-                self._device.write(self._addresses[buffer.name], zeros)
+                self._runner.write(buffer.name, zeros)
             else:
-                self._filler.state(buffer, self._addresses[buffer.name], nbytes)
+                self._filler.state(buffer, self._runner.addresses[buffer.name], nbytes)
 
     def _at(self, case: Case, sizes: Mapping[str, int]) -> None:
         """Every sequence back where the case has it."""
-        self._device.write(self._addresses["pos"], np.full(case.batch, case.past, np.int32))
+        self._runner.write("pos", np.full(case.batch, case.past, np.int32))
 
     # ------------------------------------------------------------------------------ each launch
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
+from dsv4c.cli import devices
 from dsv4c.cli.kernels import HEAD, NUMBERS, kernel_rows, step_sentences
 from dsv4c.cli.show import size
 from dsv4c.runtime import Artifact
@@ -209,11 +210,19 @@ def _kernels(meta: Facts, report: Facts, ceilings: Ceilings) -> str:
     if not plan:
         return ""
     words = (
-        "Every kernel of both programs as it was compiled. Occupancy is the part of a core's threads that "
+        "Every kernel of all programs as it was compiled. Occupancy is the part of a core's threads that "
         "its blocks fill by registers and shared memory."
     )
     sentences = "".join(text(line) for line in step_sentences(plan))
     return text(words) + sentences + table(HEAD, kernel_rows(plan), NUMBERS)
+
+
+def _devices(meta: Facts, report: Facts, ceilings: Ceilings) -> str:
+    plan = meta.get("plan")
+    if not plan or "memory" not in plan:
+        return ""
+    sentences = "".join(text(line) for line in devices.device_sentences(plan))
+    return sentences + table(devices.HEAD, devices.device_rows(plan), devices.NUMBERS)
 
 
 def _engram(meta: Facts, report: Facts, ceilings: Ceilings) -> str:
@@ -266,7 +275,14 @@ def _on_device(meta: Facts, report: Facts, ceilings: Ceilings) -> str:
             held.append((number, "{} to {}".format(*stage["layers"]), *parts))
     head = ("device", "layers", "dense weights", "experts", "state", "in all")
     assumed = text("Assumed: " + "; ".join(found["assumptions"]) + ".")
-    return text(words) + steps + table(head, held, frozenset({2, 3, 4, 5})) + assumed
+    return text(words) + steps + table(head, held, frozenset({2, 3, 4, 5})) + assumed + _others(found)
+
+
+def _others(estimate: Facts) -> str:
+    rows = devices.published_rows(estimate)
+    if not rows:
+        return ""
+    return text("Published by others:") + table(devices.OTHERS_HEAD, rows, devices.OTHERS_NUMBERS)
 
 
 def _milliseconds(seconds: float | None) -> str:
@@ -283,6 +299,7 @@ SECTIONS: tuple[tuple[str, Section], ...] = (
     ("Planned memory", _memory),
     ("Engram tables", _engram),
     ("Roofline of a step", _roofline),
+    ("Devices of the launch plan", _devices),
     ("Kernels of the launch plan", _kernels),
     ("On the device", _on_device),
     ("Measured speed", measured_speed),

@@ -120,7 +120,7 @@ def launch_needs(plan: Plan, program: Program, calls: Any, sizes: Mapping[str, i
     members: list[list[int]] = [[] for _ in calls["ops"]]
     for index, (op, _) in enumerate(calls["order"]):
         members[op].append(index)
-    dtypes = {b.name: b.dtype for b in (*plan.buffers, *program.temporaries)}
+    dtypes = {name: b.dtype for name, b in plan.known_to(program).items()}
     held = {b.name: size(b.elements, {}) * b.item_bytes for b in plan.of_kind("weight")}
     out = [Needs()] * len(program.launches)
     for (_, _, cost), indices in zip(calls["ops"], members, strict=True):

@@ -1,15 +1,17 @@
-"""The check of a program at given sizes: bounds, alignment, grid, shared memory, order and lifetimes.
+"""The check of a step at given sizes: of every program bounds, alignment, grid, shared memory, order and
+lifetimes; and what passes between programs of several devices.
 
 Needs no device: everything that it looks at stands in the plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dsv4c.errors import ArtifactError
-from dsv4c.runtime.container.plan import Argument, Buffer, Kernel, Launch, Parameter, Plan, Program
+from dsv4c.runtime.container.launches import Argument, Buffer, Kernel, Launch, Parameter
+from dsv4c.runtime.container.plan import Handover, Plan, Program
 from dsv4c.runtime.container.sizes import size
 
 _MOST_BLOCKS = (2**31 - 1, 65535, 65535)
@@ -28,14 +30,70 @@ class _State:
     holders: dict[int, str] = field(default_factory=dict)
 
 
+def check_step(plan: Plan, sizes: Mapping[str, int]) -> None:
+    """Check the programs that a step of these sizes runs, one of every stage, and what they hand over.
+
+    Raises:
+        ArtifactError: see `check_program`; a value that is handed over has another shape where it is read; or
+            of the devices that keep a state only some write to it.
+    """
+    chosen = [plan.program(dict(sizes), "", stage) for stage in range(len(plan.stages))]
+    for program in chosen:
+        check_program(plan, program, sizes)
+    for handover in plan.handovers:
+        _check_handover(plan, handover, chosen[handover.source], sizes)
+    _check_replicas(plan, chosen)
+
+
+def _check_handover(plan: Plan, handover: Handover, program: Program, sizes: Mapping[str, int]) -> None:
+    """What a program leaves has the shape of what is read; that it holds something is checked with its
+    outputs.
+    """
+    read, made = handover.buffer, plan.known_to(program)[program.outputs[handover.buffer.name]]
+    shapes = [[size(d, sizes) for d in b.shape] for b in (made, read)]
+    if shapes[0] != shapes[1]:
+        raise ArtifactError(
+            f"{read.name} has shape {shapes[0]}", allowed=str(shapes[1]),
+            where=f"handover of stage {handover.source} to {handover.target}",
+        )  # fmt: skip
+
+
+def _check_replicas(plan: Plan, programs: Sequence[Program]) -> None:
+    """A state that several stages keep is the same on all of their devices after a step."""
+    written = [_written(plan, program) for program in programs]
+    held = [plan.held(stage) for stage in range(len(plan.stages))]
+    for buffer in plan.of_kind("state"):
+        keep = [stage for stage, buffers in enumerate(held) if buffer in buffers]
+        write = [stage for stage in keep if buffer.name in written[stage]]
+        if write and write != keep:
+            raise ArtifactError(
+                f"stages {_listed(keep)} keep state {buffer.name}, and only {_listed(write)} write to it",
+                where="step", allowed="all of them, or none",
+            )  # fmt: skip
+
+
+def _written(plan: Plan, program: Program) -> set[str]:
+    """Every buffer that a launch of a program writes to."""
+    pairs = (
+        (p, a)
+        for launch in program.launches
+        for p, a in zip(plan.kernels[launch.kernel].parameters, launch.arguments, strict=True)
+    )
+    return {a.buffer for p, a in pairs if "w" in p.access}
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
 def check_program(plan: Plan, program: Program, sizes: Mapping[str, int]) -> None:
     """Check every launch of a program as a device would meet it, in order.
 
     Raises:
         ArtifactError: the launch, the parameter and what is wrong with it.
     """
-    buffers = {b.name: b for b in (*plan.buffers, *program.temporaries)}
-    written = {b.name for b in plan.buffers}
+    buffers = plan.known_to(program)
+    written = {name for name, b in buffers.items() if b.kind != "temporary"}
     state = _State(plan, sizes, buffers, [size(s, sizes) for s in program.slots], written)
     for buffer in program.temporaries:
         if size(buffer.elements, sizes) * buffer.item_bytes > state.slots[buffer.slot]:
@@ -98,7 +156,7 @@ def _check_pointer(
         raise ArtifactError(f"{buffer.name} from element {offset} on is not at 16 bytes", where=where)
     if not touched:
         return
-    if "w" in parameter.access and buffer.kind in ("input", "weight"):
+    if "w" in parameter.access and buffer.kind in ("input", "weight", "handed"):
         raise ArtifactError(f"writes {buffer.kind} {buffer.name}", where=where)
     if "w" in parameter.access and buffer.kind == "temporary":
         _take(state, index, buffer, where)

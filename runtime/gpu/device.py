@@ -14,11 +14,26 @@ Scalar = int | float
 """Values of a launch: addresses and integers, or numbers."""
 
 
+Copy = tuple[int, int, int]
+"""From one device to another: address here, address there, bytes."""
+
+
 class Device(Protocol):
-    """A GPU, or what stands in for one. Addresses are integers; launches run in order."""
+    """A GPU, or what stands in for one. Addresses are integers; launches run in order.
+
+    A thread that uses several devices calls `activate` of one before it uses that one.
+    """
+
+    def activate(self) -> None:
+        """What this thread does from now on it does on this device."""
+        ...
 
     def load(self, kernels: Sequence[Kernel], code: bytes) -> None:
         """Make the kernels of a plan ready; from now on they are known by their index."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Memory that is not taken; None where that is not known."""
         ...
 
     def allocate(self, nbytes: int) -> int:
@@ -37,6 +52,14 @@ class Device(Protocol):
 
     def launch(self, kernel: int, grid: tuple[int, int, int], values: Sequence[Scalar]) -> None:
         """Launch kernel number `kernel` with the values of its parameters in order."""
+        ...
+
+    def take(self, source: Any, copies: Sequence[Copy]) -> None:
+        """Copy from another device of the same kind.
+
+        The copies come after everything that was launched there and in front of everything that is launched
+        here from now on; what is launched there later comes after them. This device is active afterwards.
+        """
         ...
 
     def begin_graph(self) -> bool:

@@ -1,6 +1,6 @@
 """A GPU through the driver's own library by ctypes: what CUDA's and HIP's driver interfaces have in common.
 
-Knows no vendor by name: an `Api` says how functions are called. Launches run in one stream.
+Knows no vendor by name: an `Api` says how functions are called. Launches of a device run in one stream of it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +16,15 @@ import numpy.typing as npt
 from dsv4c.errors import ArtifactError, ToolchainError
 from dsv4c.runtime.container.plan import Kernel, Plan
 
-from .device import Scalar, packed_bytes
+from .device import Copy, Scalar, packed_bytes
 
 _DYNAMIC_SHARED = 8
 """The attribute of a function that allows it more shared memory than every device has; the same in both."""
 _PLAIN_SHARED = 48 << 10
+_UNTIMED = 2
+"""Events that order and do not measure."""
+REACHED_BEFORE = 704
+"""What enabling access to a peer gives where it is enabled already; the same in both."""
 _RELAXED = 2
 """Capturing a stream does not forbid other threads their own calls."""
 
@@ -72,10 +76,10 @@ class Library:
                     f"the driver has no {symbol}", where=api.name, hint="install a newer driver"
                 ) from error
 
-    def __call__(self, name: str, *arguments: Any) -> None:
-        """Call a function; ArtifactError with the driver's own words unless it gives 0."""
+    def __call__(self, name: str, *arguments: Any, also: int = 0) -> None:
+        """Call a function; ArtifactError with the driver's own words unless it gives 0, or `also`."""
         code = self._functions[name](*arguments)
-        if code:
+        if code not in (0, also):
             symbol = self.api.functions[name]
             raise ArtifactError(f"{symbol} failed: {self._words(code)}", where=self.where)
 
@@ -92,15 +96,31 @@ def pointer(address: int) -> ctypes.c_uint64:
 
 
 class DriverDevice:
-    """Memory, launches and graphs by a `Library`; the vendor's class has chosen the device already."""
+    """Memory, launches and graphs by a `Library`; the vendor's class has activated the device already.
 
-    def __init__(self, library: Library) -> None:
-        self._library = library
-        self._stream = Handle()
+    Attributes:
+        number: among the devices that the driver shows.
+    """
+
+    def __init__(self, library: Library, number: int) -> None:
+        self._library, self.number = library, number
+        self._stream, self._event = Handle(), Handle()
         library("stream", ctypes.byref(self._stream), ctypes.c_uint(1))
         self._kernels: Sequence[Kernel] = ()
         self._functions: list[Handle] = []
         self._modules: list[Handle] = []
+        self._reached: set[int] = set()
+
+    def activate(self) -> None:
+        raise NotImplementedError
+
+    def _enable(self, other: Self) -> None:
+        """Let this device, which is active, reach the memory of another."""
+        raise NotImplementedError
+
+    def _copy_from(self, other: Self, here: int, there: int, nbytes: int) -> None:
+        """Copy in the stream of this device, which is active."""
+        raise NotImplementedError
 
     @property
     def stream(self) -> Handle:
@@ -121,6 +141,11 @@ class DriverDevice:
                 self._library("allow", function, ctypes.c_int(_DYNAMIC_SHARED), ctypes.c_int(kernel.shared))
             self._modules.append(module)
             self._functions.append(function)
+
+    def free_bytes(self) -> int | None:
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._library("memory", ctypes.byref(free), ctypes.byref(total))
+        return free.value
 
     def allocate(self, nbytes: int) -> int:
         address = ctypes.c_uint64()
@@ -166,6 +191,44 @@ class DriverDevice:
         sizes = (ctypes.c_uint(n) for n in (*grid, found.threads, 1, 1, found.shared))
         self._library("launch", self._functions[kernel], *sizes, self._stream, addresses, None)
 
+    def take(self, source: Self, copies: Sequence[Copy]) -> None:
+        """An event of each stream, which the other waits for, puts the copies in order. They go from memory
+        to memory where the devices reach each other's, and by the driver through the host where they do not.
+        """
+        if source.number not in self._reached:
+            self._reached.add(source.number)
+            source._reach(self)
+            self._reach(source)
+        source.activate()
+        source._record()
+        self.activate()
+        self._wait_for(source)
+        for here, there, nbytes in copies:
+            if nbytes:
+                self._copy_from(source, here, there, nbytes)
+        self._record()
+        source.activate()
+        source._wait_for(self)
+        self.activate()
+
+    def _reach(self, other: Self) -> None:
+        """Enable access to another device's memory, where the machine has it."""
+        able = ctypes.c_int()
+        numbers = ctypes.c_int(self.number), ctypes.c_int(other.number)
+        self._library("reachable", ctypes.byref(able), *numbers)
+        if able.value:
+            self.activate()
+            self._enable(other)
+
+    def _record(self) -> None:
+        if not self._event:
+            self._library("event", ctypes.byref(self._event), ctypes.c_uint(_UNTIMED))
+        self._library("record", self._event, self._stream)
+
+    def _wait_for(self, other: Self) -> None:
+        """What is sent to this device from now on runs after the other's event, as recorded last."""
+        self._library("await", self._stream, other._event, ctypes.c_uint(0))
+
     def begin_graph(self) -> bool:
         self._library("begin", self._stream, ctypes.c_int(_RELAXED))
         return True
@@ -184,9 +247,23 @@ class DriverDevice:
         self._library("run", graph, self._stream)
 
 
-def wrong_device(plan: Plan, found: str, where: str) -> ArtifactError:
+def check_count(library: Library, plan: Plan, number: int) -> None:
+    """ArtifactError where the machine has no device of that number."""
+    count, wanted = ctypes.c_int(), len(plan.stages)
+    library("count", ctypes.byref(count))
+    if number >= count.value:
+        raise ArtifactError(
+            f"compiled for {wanted} device{'s' * (wanted > 1)}, this machine shows {count.value}",
+            where=library.where, allowed=f"{wanted} or more of {plan.arch}",
+            hint="compile with --devices for as many as there are, or see that no variable such as "
+            "CUDA_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES hides some",
+        )  # fmt: skip
+
+
+def wrong_device(plan: Plan, found: str, where: str, number: int = 0) -> ArtifactError:
     """The error for a device of another architecture."""
+    name = f"device {number}" if len(plan.stages) > 1 else "this device"
     return ArtifactError(
-        f"compiled for {plan.arch}, this device is {found}", where=where, allowed=plan.capability,
+        f"compiled for {plan.arch}, {name} is {found}", where=where, allowed=plan.capability,
         hint="compile with --target for this device; dsv4c targets lists what there is",
     )  # fmt: skip

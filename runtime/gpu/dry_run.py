@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,23 +12,34 @@ import numpy.typing as npt
 from dsv4c.errors import ArtifactError
 from dsv4c.runtime.container.plan import ALIGN, Kernel
 
-from .device import Scalar, packed_bytes
+from .device import Copy, Scalar, packed_bytes
 
-_BASE = 1 << 40
+_REACH = 1 << 44
+_numbers = itertools.count(1)
+"""Every device has addresses of its own, so that one of another device is found out."""
 
 
 class DryRunDevice:
     """Memory is bookkeeping: what was written is kept, results are zeros.
 
+    Args:
+        memory: bytes that it has; None is as many as anybody wants.
+
     Attributes:
         launches: (kernel, grid) of all launches so far.
+        taken: bytes of every copy from another device so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: int | None = None) -> None:
+        self.memory = memory
+        self.taken: list[int] = []
         self.launches: list[tuple[str, tuple[int, int, int]]] = []
         self._kernels: Sequence[Kernel] = ()
-        self._memory: dict[int, int] = {}
-        self._next = _BASE
+        self._held: dict[int, int] = {}
+        self._next = next(_numbers) * _REACH
+
+    def activate(self) -> None:
+        """Nothing: no thread has to know."""
 
     def load(self, kernels: Sequence[Kernel], code: bytes) -> None:
         for kernel in kernels:
@@ -35,13 +47,22 @@ class DryRunDevice:
                 raise ArtifactError(f"the code of {kernel.name} lies outside the section", where="dry run")
         self._kernels = kernels
 
+    def free_bytes(self) -> int | None:
+        return None if self.memory is None else self.memory - sum(self._held.values())
+
+    def take(self, source: DryRunDevice, copies: Sequence[Copy]) -> None:
+        for here, there, nbytes in copies:
+            self.inside(here, nbytes, "copy from another device")
+            source.inside(there, nbytes, "copy to another device")
+            self.taken.append(nbytes)
+
     def allocate(self, nbytes: int) -> int:
         address, self._next = self._next, self._next + -(-max(nbytes, 1) // ALIGN) * ALIGN + ALIGN
-        self._memory[address] = nbytes
+        self._held[address] = nbytes
         return address
 
     def free(self, address: int) -> None:
-        if self._memory.pop(address, None) is None:
+        if self._held.pop(address, None) is None:
             raise ArtifactError(f"{address:#x} was not allocated", where="dry run")
 
     def write(self, address: int, array: npt.NDArray[Any]) -> None:
@@ -73,7 +94,7 @@ class DryRunDevice:
 
     def inside(self, address: int, nbytes: int, what: str) -> None:
         """ArtifactError unless all of these bytes were allocated in one piece."""
-        for start, there in self._memory.items():
+        for start, there in self._held.items():
             if start <= address and address + nbytes <= start + there:
                 return
         raise ArtifactError(f"{nbytes} bytes at {address:#x} are no live memory", where=f"dry run, {what}")

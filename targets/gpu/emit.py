@@ -22,6 +22,7 @@ from dsv4c.targets.hardware import Device, load_devices
 
 from .arch import gpu
 from .build import build
+from .devices import check_fits, device_facts
 from .near import check_near
 from .plan import Draft, built, draft
 from .roofline import roofline
@@ -37,18 +38,20 @@ def emit_plan(
         cache: where objects of kernels are kept; None is the user's cache.
 
     Raises:
-        TargetError: an op has no kernel, or the arch is unknown.
+        TargetError: an op has no kernel, the arch is unknown, or a device of several has no room.
         ToolchainError: Triton is missing.
         CompileError: a kernel does not fit the GPU, or a hot one spills; or scales of an FP4 weight lie too
         far apart for products of codes.
     """
     target = gpu(arch.name)
-    found = draft(module, target)
+    found, card = draft(module, target), known_device(arch)
+    if card and len(found.plan.stages) > 1:
+        check_fits(device_facts(found.plan, module), card)
     objects = build(found.plan.kernels, target, cache, progress)
     plan = built(found.plan, objects.kernels, 1000 * objects.toolkit)
     writer.add_section("code", objects.code)
     _write(plan, found, store, writer, progress)
-    writer.set_meta("plan", plan_report(plan, module, found, known_device(arch)))
+    writer.set_meta("plan", plan_report(plan, module, found, card))
 
 
 def emit_draft(
@@ -79,8 +82,9 @@ def plan_report(plan: Plan, module: Module, found: Draft, device: Device | None)
 
     Returns:
         `arch`, `vendor`, `driver`; `kernels`, each with its name, sizes, constants and what the compiler
-        said; `programs`, each with what it holds and its `calls`, see `targets.calls`; `roofline`, see
-        `roofline.roofline`, where the arch names a device.
+        said; `programs`, each with what it holds and its `calls`, see `targets.calls`; of a language model
+        `memory`, see `devices.device_facts`, and `roofline`, see `roofline.roofline`, where the arch names a
+        device.
     """
     kernels = [
         {
@@ -93,11 +97,13 @@ def plan_report(plan: Plan, module: Module, found: Draft, device: Device | None)
     calls = [calls_meta(*given) for given in zip(modules, found.callers, names, strict=True)]
     programs = [
         {
-            "name": p.name, "launches": len(p.launches), "temporaries": len(p.temporaries),
+            "name": p.name, "device": p.stage, "launches": len(p.launches), "temporaries": len(p.temporaries),
             "slots": len(p.slots), "calls": made,
         } for p, made in zip(plan.programs, calls, strict=True)
     ]  # fmt: skip
-    bound = {"roofline": roofline(plan, calls, device)} if device and _is_step(plan) else {}
+    bound: dict[str, Any] = {"memory": device_facts(plan, module)} if _is_step(plan) else {}
+    if device and _is_step(plan):
+        bound["roofline"] = roofline(plan, calls, device)
     head = {"arch": plan.arch, "vendor": plan.vendor, "driver": plan.driver}
     return {**head, "kernels": kernels, "programs": programs, **bound}
 

@@ -139,6 +139,16 @@ class InterpreterDevice:
         self._kernels: Sequence[Kernel] = ()
         self._memory: dict[int, Arr] = {}
 
+    def activate(self) -> None:
+        """Nothing: all memory is this process's."""
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def take(self, source: InterpreterDevice, copies: Sequence[tuple[int, int, int]]) -> None:
+        for here, there, nbytes in copies:
+            self._at(here, nbytes)[:] = source._at(there, nbytes)
+
     def load(self, kernels: Sequence[Kernel], code: bytes) -> None:
         self._kernels = kernels
 

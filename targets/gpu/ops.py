@@ -7,7 +7,7 @@ from dsv4c.targets.onnx.ops import BF16, FUSE, INT8_WEIGHTS
 
 PLAN_PIPELINE = (
     FUSE + ',fuse_norm_rotary,fuse_rotary_write,narrow_weights{storage="packed"},fold_shared_expert'
-    ",merge_projections,plan_memory{tokens=256, batch=1}"
+    ",merge_projections,spread_layers{devices=1, batch=1, context=8192},plan_memory{tokens=256, batch=1}"
 )
 """From MODEL to TARGET: weights stay codes and scales, which kernels decode in registers."""
 

@@ -1,15 +1,21 @@
-"""From a TARGET module to a launch plan without code: programs, buffers, and which kernels must be built."""
+"""From a TARGET module to a launch plan without code: programs, buffers, what passes between devices, and
+which kernels must be built.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dsv4c.errors import TargetError, unknown
+from dsv4c.ir.cost import bytes_of, stored_bytes
 from dsv4c.ir.dims import Dim
 from dsv4c.ir.graph import Module, Op, Value
 from dsv4c.ir.weights import WeightExpr
-from dsv4c.runtime.container.plan import VERSION, Buffer, Kernel, Plan, Program
+from dsv4c.runtime.container.launches import Buffer, Kernel
+from dsv4c.runtime.container.plan import VERSION, Handover, Plan, Program
+from dsv4c.runtime.container.plan import Stage as PlanStage
+from dsv4c.targets.stages import Stage, split
 
 from .arch import Gpu
 from .context import NUMBERS, UNUSED, Context, Kernels, Ref, Stored, size_text
@@ -35,14 +41,42 @@ class Draft:
     near: tuple[Near, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """What one device computes: a whole module, a part, or a stage.
+
+    Attributes:
+        stage: the number of the device.
+        ops: in order.
+        handed: values that earlier stages leave, by the names of their buffers.
+        outputs: what its programs leave, without states.
+        named: whether its programs have the number in front of their names.
+    """
+
+    stage: int
+    ops: Sequence[Op]
+    handed: Mapping[str, Value]
+    outputs: Mapping[str, Value]
+    named: bool = False
+
+
 def draft(module: Module, gpu: Gpu) -> Draft:
-    """The launch plan of a module: one program for few rows, one for any number, and one for every part.
+    """The launch plan of a module: for every stage one program for few rows and one for any number, and one
+    for every part.
+
+    Stages are as `passes.spread_layers` wants them; without it there is one.
 
     Raises:
-        TargetError: an op, or a form of it, has no kernel; or a part has states.
+        TargetError: an op, or a form of it, has no kernel; a part has states; or there are fewer layers than
+            devices.
     """
     kernels, weights, near = Kernels(), dict[str, Stored](), dict[str, Near]()
-    made = [_program(module, gpu, kernels, weights, near, few) for few in (True, False)]
+    stages = stages_of(module)
+    made = [
+        _program(module, piece, gpu, kernels, weights, near, few)
+        for piece in _pieces(module, stages)
+        for few in (True, False)
+    ]
     bound = _bound(module)
     buffers = [
         *(_buffer(name, "input", v, bound) for name, v in module.inputs.items()),
@@ -54,7 +88,8 @@ def draft(module: Module, gpu: Gpu) -> Draft:
                 f"part {name} has states", where=module.name, allowed="parts without, such as vision",
                 hint="leave out the pass that makes it" + ": allow_replay" * (name == "encoder"),
             )  # fmt: skip
-        made.append(_program(part, gpu, kernels, weights, near, False, name))
+        piece = _Piece(0, part.ops, {}, part.outputs)
+        made.append(_program(part, piece, gpu, kernels, weights, near, False, name))
         inputs = (_buffer(_name(name, n), "input", v, _bound(part)) for n, v in part.inputs.items())
         buffers += [replace(b, part=name) for b in inputs]
     buffers += [
@@ -64,8 +99,36 @@ def draft(module: Module, gpu: Gpu) -> Draft:
     plan = Plan(
         VERSION, gpu.vendor, gpu.name, gpu.capability, gpu.exact, 0, gpu.shared, tuple(buffers),
         tuple(kernels.all), tuple(program for program, _ in made),
+        tuple(PlanStage(stage.first, stage.last) for stage in stages), tuple(_handovers(stages, bound)),
     )  # fmt: skip
     return Draft(plan, weights, tuple(tuple(callers) for _, callers in made), tuple(near.values()))
+
+
+def stages_of(module: Module) -> list[Stage]:
+    """The stages of a module, each with copies of the states that it reads; see `passes.spread_layers`."""
+    spread = module.meta.get("spread")
+    if not isinstance(spread, dict) or spread["devices"] == 1:
+        return [Stage(0, -1, {}, module.outputs, tuple(module.ops))]
+    sizes = {"B": spread["batch"], "ctx": spread["context"]}
+    weights = {op: stored_bytes(op) for op in module.weights()}
+    besides = {name: bytes_of(value, sizes) for name, value in module.states.items()}
+    for name, part in module.parts.items():
+        besides[name] = sum(stored_bytes(op) for op in part.weights())
+    return split(module, spread["devices"], weights, besides=besides, replicas=True)
+
+
+def _pieces(module: Module, stages: Sequence[Stage]) -> Iterator[_Piece]:
+    for number, stage in enumerate(stages):
+        outputs = {name: v for name, v in stage.outputs.items() if name not in module.states}
+        yield _Piece(number, stage.ops, stage.inputs, outputs, len(stages) > 1)
+
+
+def _handovers(stages: Sequence[Stage], bound: frozenset[str]) -> Iterator[Handover]:
+    """A copy for every value and every stage that reads it, from the stage that makes it."""
+    for target, stage in enumerate(stages):
+        for name, value in stage.inputs.items():
+            source = next(n for n, earlier in enumerate(stages) if earlier.outputs.get(name) is value)
+            yield Handover(source, target, _buffer(name, "handed", value, bound))
 
 
 def _name(part: str, name: str) -> str:
@@ -74,21 +137,23 @@ def _name(part: str, name: str) -> str:
 
 
 def _program(
-    module: Module, gpu: Gpu, kernels: Kernels, weights: dict[str, Stored], near: dict[str, Near], few: bool,
+    module: Module, piece: _Piece, gpu: Gpu, kernels: Kernels, weights: dict[str, Stored],
+    near: dict[str, Near], few: bool,
     part: str = "",
 ) -> tuple[Program, list[Op]]:  # fmt: skip
     exact = not any(op.attrs.get("inputs") == "bf16" for op in module.ops)
     c = Context(gpu, few, exact, _bound(module), kernels, weights, near=near)
     for name, value in module.arguments().items():
         c.values[value] = Ref(_name(part, name), 0, _stride(value))
-    for op in module.ops:
+    c.values |= {value: Ref(name, 0, _stride(value)) for name, value in piece.handed.items()}
+    for op in piece.ops:
         if op.name not in LOWERINGS:
             raise TargetError(str(unknown("op", op.name, LOWERINGS, TargetError)), where=op.loc)
         c.op = op
         LOWERINGS[op.name](c, op)
-    outputs = {name: c.values[v] for name, v in module.outputs.items() if name not in module.states}
+    outputs = {name: c.values[v] for name, v in piece.outputs.items()}
     for name, ref in outputs.items():
-        if ref.offset or ref.stride not in (0, _stride(module.outputs[name])):
+        if ref.offset or ref.stride not in (0, _stride(piece.outputs[name])):
             raise TargetError(f"output {name} is a part of wider rows", where=module.name)
     kept = {name: ref.buffer for name, ref in outputs.items()}
     typical = _typical(module, few)
@@ -97,7 +162,8 @@ def _program(
     if few and not {"B", "T"} <= _bound(module):
         rows = "1"
     name = part or ("few" if few else "many")
-    return Program(name, rows, most, placed, slots, tuple(c.launches), kept, part), c.callers
+    name = f"{piece.stage}.{name}" if piece.named else name
+    return Program(name, rows, most, placed, slots, tuple(c.launches), kept, part, piece.stage), c.callers
 
 
 def _stride(value: Value) -> int:
@@ -136,7 +202,4 @@ def _typical(module: Module, few: bool) -> dict[str, int]:
 
 def built(plan: Plan, kernels: tuple[Kernel, ...], driver: int) -> Plan:
     """The plan with the kernels that a build made of its own, and the driver that they need."""
-    return Plan(
-        plan.version, plan.vendor, plan.arch, plan.capability, plan.exact, driver, plan.shared_limit,
-        plan.buffers, kernels, plan.programs,
-    )  # fmt: skip
+    return replace(plan, kernels=kernels, driver=driver)
