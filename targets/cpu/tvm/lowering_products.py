@@ -19,7 +19,7 @@ from dsv4c.ir.weights import WeightExpr
 
 from . import matrix
 from .context import Context, ints
-from .kernels import dense, rounding, statistics
+from .kernels import dense, dispatch, rounding, statistics
 from .kernels.packing import Packing, Simd
 from .kernels.product import panel_width
 from .kernels.rows import BLOCK, CodedRow, Rows, coded_rows
@@ -189,7 +189,7 @@ def _routes(c: Context, op: Op, operands: list[Value]) -> _Routes:
     b, t = (c.dim(d) for d in x.type.shape[:2])
     routes = b * t * topk
     order, starts = c.call(
-        c.kernel(dense.expert_order, experts, topk), [c.values[ids], c.values[n_valid]],
+        c.kernel(dispatch.expert_order, experts, topk), [c.values[ids], c.values[n_valid]],
         relax.TensorType([routes], "int32"), relax.TensorType([experts + 1], "int32"),
     )  # fmt: skip
     first, second = _taking(
@@ -202,7 +202,7 @@ def _routes(c: Context, op: Op, operands: list[Value]) -> _Routes:
     rows, x_rows, h_rows = _rows(c, x, first.packing), Rows(first.packing, k), Rows(second.packing, inner)
     if by_tiles(first.packing):
         in_order = relax.TensorType([c.dim(x_rows.planes), routes, c.dim(x_rows.length)], x_rows.dtype)
-        kernel = c.kernel(dense.expert_rows, k, topk, first.packing)
+        kernel = c.kernel(dispatch.expert_rows, k, topk, first.packing)
         (rows,) = c.call(kernel, [rows, order, starts], in_order)
     planes = [c.dim(h_rows.planes)] if h_rows.stored else []
     (hidden,) = c.call(

@@ -13,7 +13,7 @@ from dsv4c.ir.types import f32
 from dsv4c.ir.weights import WeightExpr
 
 from .context import Context, ints, is_bf16
-from .kernels import attend, dense, rounded_attention, rounding, unfused
+from .kernels import attend, dispatch, rounded_attention, rounding, unfused
 from .kernels.vec import LANES
 
 
@@ -62,7 +62,7 @@ def rounded_expert_mlp(c: Context, op: Op) -> None:
         return relax.TensorType([c.dim(1), routes, c.dim(width)], "float32")
 
     order, starts = c.call(
-        c.kernel(dense.expert_order, experts, topk), [c.values[ids], c.values[n_valid]],
+        c.kernel(dispatch.expert_order, experts, topk), [c.values[ids], c.values[n_valid]],
         relax.TensorType([routes], "int32"), relax.TensorType([c.dim(experts + 1)], "int32"),
     )  # fmt: skip
     product = c.kernel(rounding.expert_product, experts, d, 2 * inner, topk, is_bf16(w13), True)

@@ -26,7 +26,7 @@ from dsv4c.targets.base import Arch
 from dsv4c.targets.cpu.tuning import DEFAULT, Tuning
 
 from .emit import cross_attributes, simd_of
-from .kernels import dense
+from .kernels import dense, dispatch
 from .kernels.packing import Packing
 from .kernels.product import panel_width
 from .kernels.rows import Rows
@@ -79,7 +79,7 @@ class Maker:
         _, second = self._stored(scheme, rows, count, k, inner, panel_width(k))
         hidden = self._compiled(dense.expert_hidden(count, k, inner, TOPK, 10.0, packing, packing))
         output = self._compiled(dense.expert_output(count, k, inner, TOPK, packing))
-        sort = self._compiled(dense.expert_order(count, TOPK))
+        sort = self._compiled(dispatch.expert_order(count, TOPK))
         rng = np.random.default_rng(1)
         ids = rng.permuted(np.tile(np.arange(count), (1, tokens, 1)), axis=-1)[..., :TOPK].astype(np.int32)
         routes, i32 = tokens * TOPK, np.int32

@@ -19,7 +19,7 @@ from .product import CHUNK, panel_product, panel_width
 from .rounding import bf16, store_pieces
 from .rows import CodedRow, Rows, codes_of, store_codes
 from .tiles import by_tiles, tile_product
-from .vec import LANES, by_vectors, lanes_from, ramp, sigmoid, splat
+from .vec import LANES, by_vectors, lanes_from, move, ramp, sigmoid, splat
 
 PAIR = 32
 """Rows of w1 and of w3 in one panel of the experts' first product."""
@@ -85,7 +85,7 @@ def grouped_linear(heads: tuple[int, int] | None, groups: int, k: int, n: int, p
                     y_at: T.let[T.int64] = (
                         ((chunk * most + i) * groups + gp // panels) * n + gp % panels * width
                     )
-                    _columns(n, width, gp % panels, _move, Yf, y_at, out, i * width)
+                    _columns(n, width, gp % panels, move, Yf, y_at, out, i * width)
 
     return func
 
@@ -150,10 +150,6 @@ def _columns(n: int, width: int, panel, body, *args) -> None:
             by_vectors(n % width, body, *args)
 
 
-def _move(j, lanes: int, y, y_at, x, x_at) -> None:
-    T.buffer_store(y, x[lanes_from(x_at + j, lanes)], [lanes_from(y_at + j, lanes)])
-
-
 def _add(j, lanes: int, y, y_at, x, x_at) -> None:
     place = lanes_from(y_at + j, lanes)
     T.buffer_store(y, y[place] + x[lanes_from(x_at + j, lanes)], [place])
@@ -180,9 +176,9 @@ def expert_hidden(
 ):  # fmt: skip
     """First half of the expert MLP, on routes sorted by expert.
 
-    X [B,S,k], where products are by tiles [B*S*topk, k] of `expert_rows`; gates [B,S,topk]; order [B*S*topk]
-    i32 (sorted row -> position in the flat routing); starts [experts+1] i32; W, S, R: `experts` times
-    ceil(inner/32) panels of 64 rows, 32 of w1, then 32 of w3, of the same channels
+    X [B,S,k], where products are by tiles [B*S*topk, k] of `dispatch.expert_rows`; gates [B,S,topk]; order
+    [B*S*topk] i32 (sorted row -> position in the flat routing); starts [experts+1] i32; W, S, R: `experts`
+    times ceil(inner/32) panels of 64 rows, 32 of w1, then 32 of w3, of the same channels
     -> H [B*S*topk, inner] = silu(min(g, L)) clamp(u, -L, L) gate, as rows for products of `second`; those of
     float32 are `rounded` to BF16 or, in blocks of 32, to INT8.
     """
@@ -276,44 +272,6 @@ def expert_hidden(
     return func
 
 
-def expert_rows(k: int, topk: int, p: Packing):
-    """X [planes,B,S,length], order [B*S*topk], starts [experts+1] -> each route's row, in order.
-
-    Rows and their length are those of `Rows` for p.
-    """
-    rows = Rows(p, k)
-    planes, length = rows.planes, rows.length
-    used = length if p.coded else k
-
-    @T.inline
-    def copy(Xf, Yf, Order, i, tokens):
-        for q in T.serial(planes):
-            x_at: T.let[T.int64] = (q * tokens + T.cast(Order[i] // topk, "int64")) * length
-            y_at: T.let[T.int64] = (q * tokens * topk + i) * length
-            by_vectors(used, _move, Yf, y_at, Xf, x_at)
-
-    @T.prim_func(s_tir=True)
-    def func(x: T.handle, o: T.handle, s: T.handle, y: T.handle):
-        T.func_attr({"tir.noalias": True})
-        B = T.int64()
-        S = T.int64()
-        E = T.int64()
-        X = T.match_buffer(x, rows.shape(B, S), rows.dtype)
-        Order = T.match_buffer(o, (B * S * topk,), "int32")
-        Starts = T.match_buffer(s, (E,), "int32")
-        Y = T.match_buffer(y, rows.shape(B * S * topk), rows.dtype)
-        Xf = T.decl_buffer((planes * B * S * length,), rows.dtype, data=X.data)
-        Yf = T.decl_buffer((planes * B * S * topk * length,), rows.dtype, data=Y.data)
-        if B * S == 1:  # waking a second thread would cost more
-            for i in T.serial(T.cast(Starts[E - 1], "int64")):
-                copy(Xf, Yf, Order, i, B * S)
-        else:
-            for i in T.parallel(T.cast(Starts[E - 1], "int64")):
-                copy(Xf, Yf, Order, i, B * S)
-
-    return func
-
-
 def expert_output(experts: int, k: int, inner: int, topk: int, p: Packing):
     """Second half: H [B*S*topk, inner] by `experts` times ceil(k/width) panels W, S, R into Y [B,S,k].
 
@@ -365,41 +323,5 @@ def expert_output(experts: int, k: int, inner: int, topk: int, p: Packing):
                             T.cast(Order[first + i] // topk, "int64") * k + pn * width
                         )
                         _columns(k, width, pn, _add, Yf, y_at, out, i * width)
-
-    return func
-
-
-def expert_order(experts: int, topk: int):
-    """Sorts the routing by expert: ids [B,S,topk], n_valid [B] -> order [B*S*topk], starts [experts+1].
-
-    `order` lists flat routing positions by expert, then token; padding is left out, so the tail of
-    `order` is unused.
-    """
-
-    @T.prim_func(s_tir=True)
-    def func(i: T.handle, v: T.handle, o: T.handle, s: T.handle):
-        T.func_attr({"tir.noalias": True})
-        B = T.int64()
-        S = T.int64()
-        Ids = T.match_buffer(i, (B, S, topk), "int32")
-        Valid = T.match_buffer(v, (B,), "int32")
-        Order = T.match_buffer(o, (B * S * topk,), "int32")
-        Starts = T.match_buffer(s, (experts + 1,), "int32")
-        for e in T.serial(experts + 1):
-            Starts[e] = 0
-        for b in T.serial(B):
-            for t in T.serial(T.cast(Valid[b], "int64")):
-                for j in T.serial(topk):
-                    Starts[Ids[b, t, j] + 1] = Starts[Ids[b, t, j] + 1] + 1
-        for e in T.serial(experts):
-            Starts[e + 1] = Starts[e + 1] + Starts[e]
-        next_ = T.alloc_buffer((experts,), "int32")
-        for e in T.serial(experts):
-            next_[e] = Starts[e]
-        for b in T.serial(B):
-            for t in T.serial(T.cast(Valid[b], "int64")):
-                for j in T.serial(topk):
-                    Order[next_[Ids[b, t, j]]] = T.cast((b * S + t) * topk + j, "int32")
-                    next_[Ids[b, t, j]] = next_[Ids[b, t, j]] + 1
 
     return func

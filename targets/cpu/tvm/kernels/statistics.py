@@ -27,8 +27,9 @@ def route_rows(topk: int):
 def expert_usage(experts: int, k: int, topk: int):
     """counts [experts,3] += tokens, gates and norms of the routes of each expert.
 
-    gates [B,S,topk]; order [B*S*topk] i32 and starts [experts+1] i32 from `expert_order`; Y [1,B*S*topk,k]
-    the weighted output of every route, sorted by expert. Sums of a call are float64, then added to float32.
+    gates [B,S,topk]; order [B*S*topk] i32 and starts [experts+1] i32 from `dispatch.expert_order`; Y
+    [1,B*S*topk,k] the weighted output of every route, sorted by expert. Sums of a call are float64, then
+    added to float32.
     """
 
     @T.prim_func(s_tir=True)

@@ -46,6 +46,11 @@ def by_vectors(count: int, body, *args) -> None:
             body(count // LANES * LANES + i, 1, *args)
 
 
+def move(j, lanes: int, y, y_at, x, x_at) -> None:
+    """A body for `by_vectors`: y[y_at + j] = x[x_at + j]."""
+    T.buffer_store(y, x[lanes_from(x_at + j, lanes)], [lanes_from(y_at + j, lanes)])
+
+
 def splat(x):
     """One scalar in every lane."""
     return T.broadcast(x, LANES)
