@@ -67,7 +67,7 @@ def products(threads: int) -> dict[str, tuple[float, Callable[[], Any]]]:
 
     a, b = (np.random.default_rng(i).standard_normal((SIZE, SIZE), np.float32) for i in range(2))
     tokens, n, k = PRODUCT
-    own = linear("f32", 0, tokens, n, k)
+    own = linear("f32", "f32", tokens, n, k)
     found: dict[str, tuple[float, Callable[[], Any]]] = {
         "numpy": (2.0 * SIZE**3, lambda: a @ b),
         "tvm emitter": (2.0 * tokens * n * k, lambda: own.call(0)),

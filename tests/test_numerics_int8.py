@@ -1,4 +1,4 @@
-"""Numerics `int8` of whole models: which products take codes, and that artifacts do what the evaluator does."""
+"""Numerics `int8` of whole models: which products take codes; artifacts do what the evaluator does."""
 
 from __future__ import annotations
 
