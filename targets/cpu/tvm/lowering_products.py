@@ -152,8 +152,9 @@ def _before_rounding(x: Value) -> Value:
 
 def _taking(form: _Form, *matrices: matrix.Matrix) -> tuple[matrix.Matrix, ...]:
     """The matrices for rows in this form; for rows of float32, where one of them has no such product."""
-    given = {"pieces": form.pieces, "coded": form.coded}
-    found = tuple(replace(m, packing=replace(m.packing, **given)) for m in matrices)
+    found = tuple(
+        replace(m, packing=replace(m.packing, pieces=form.pieces, coded=form.coded)) for m in matrices
+    )
     return matrices if form.pieces > 1 and not all(by_tiles(m.packing) for m in found) else found
 
 

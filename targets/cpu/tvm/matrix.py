@@ -54,7 +54,8 @@ def is_packed(value: Value) -> bool:
 
 def has_integers(value: Value) -> bool:
     """Whether a weight's codes are integers, or halves of them."""
-    held = packed_form(value.producer.weight) if is_packed(value) else None
+    expr = value.producer.weight if value.producer is not None else None
+    held = packed_form(expr) if expr is not None and is_packed(value) else None
     return held is not None and held.scheme.code in _INTEGERS
 
 

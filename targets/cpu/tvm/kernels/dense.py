@@ -213,8 +213,8 @@ def expert_hidden(
     def keep_row(Hid, row, panel, rows, out, start):
         """A panel's channels of one of `rows` rows."""
         if second.coded:
-            numbers = block(panel, out, start)
-            store_codes(Hid, row * h_length, panel * PAIR, *numbers, CodedRow.of(second, inner))
+            low, high = block(panel, out, start)
+            store_codes(Hid, row * h_length, panel * PAIR, low, high, CodedRow.of(second, inner))
             return
         if rounded == "int8":
             codes, scale = codes_of(*block(panel, out, start))

@@ -1,6 +1,6 @@
 """How rows of X reach the products of a packing: as float32, as BF16 pieces, or as INT8 codes with scales."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
 from dataclasses import dataclass
