@@ -11,9 +11,10 @@ import numpy as np
 
 from dsv4c.errors import ToolchainError, UsageError
 from dsv4c.runtime import Artifact
-from dsv4c.runtime.archs import archs_of, lacks, taken
+from dsv4c.runtime.archs import archs_of, taken
 from dsv4c.runtime.backends import dimension
 from dsv4c.runtime.container.several import section_names
+from dsv4c.runtime.cpu import lacks
 from dsv4c.runtime.session import DEFAULT_CONTEXT
 
 from . import devices

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4c.errors import UsageError
-from dsv4c.runtime.archs import lacks
-from dsv4c.runtime.cpu import cpu_model
+from dsv4c.runtime.cpu import cpu_model, lacks
 
 from .base import Command, integer, json_option, load_compiler
 from .progress import Bars

@@ -7,14 +7,13 @@ Knows no executing package.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
 from dataclasses import replace
 
 from dsv4c.errors import ArtifactError, unknown
 
 from .container import Artifact
 from .container.several import Facts, facts_of, section_names
-from .cpu import cpu_flags
+from .cpu import cpu_flags, lacks
 
 
 def archs_of(artifact: Artifact) -> list[Facts]:
@@ -22,17 +21,6 @@ def archs_of(artifact: Artifact) -> list[Facts]:
     arch = artifact.meta["arch"]
     found: list[Facts] = arch.get("archs", [arch])
     return found
-
-
-def lacks(machine: str, requires: Iterable[str]) -> str:
-    """Why this machine cannot run code for an arch, as half a sentence; "" where it can.
-
-    Where the system does not tell what its processor can do, anything of its kind passes.
-    """
-    if machine != platform.machine():
-        return f"this machine is {platform.machine()}"
-    missing = sorted(set(requires) - cpu_flags()) if cpu_flags() else []
-    return f"this CPU lacks {', '.join(missing)}" if missing else ""
 
 
 def select(artifact: Artifact, name: str = "") -> Artifact:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +30,17 @@ def cpu_flags() -> frozenset[str]:
     if "amx_tile" in flags and not _tiles_granted():
         return frozenset(f for f in flags if not f.startswith("amx_"))
     return flags
+
+
+def lacks(machine: str, requires: Iterable[str]) -> str:
+    """Why this machine cannot run code for an arch, as half a sentence; "" where it can.
+
+    Where the system does not tell what its processor can do, anything of its kind passes.
+    """
+    if machine != platform.machine():
+        return f"this machine is {platform.machine()}"
+    missing = sorted(set(requires) - cpu_flags()) if cpu_flags() else []
+    return f"this CPU lacks {', '.join(missing)}" if missing else ""
 
 
 @cache

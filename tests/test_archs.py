@@ -27,7 +27,7 @@ from dsv4c.cli.report.page import render
 from dsv4c.errors import ArtifactError, TargetError
 from dsv4c.ir import weights as w
 from dsv4c.ir.levels import Level
-from dsv4c.runtime import Artifact, archs, tvm_backend
+from dsv4c.runtime import Artifact, archs, cpu, tvm_backend
 from dsv4c.runtime.archs import archs_of, lacks, select, taken
 from dsv4c.runtime.container import ArtifactWriter, amend_meta
 from dsv4c.runtime.container.several import facts_of, share
@@ -188,8 +188,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes this machine look like another: its kind, then what its processor can do."""
 
     def be(kind: str, *flags: str) -> None:
-        monkeypatch.setattr(archs.platform, "machine", lambda: kind)
-        monkeypatch.setattr(archs, "cpu_flags", lambda: frozenset(flags))
+        monkeypatch.setattr(platform, "machine", lambda: kind)
+        for module in (archs, cpu):
+            monkeypatch.setattr(module, "cpu_flags", lambda: frozenset(flags))
 
     return be
 

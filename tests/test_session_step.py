@@ -11,7 +11,7 @@ from test_model_harness import BETWEEN_CHUNKINGS, FORMATS, Arr, Models, feed, fe
 
 import dsv4c
 from dsv4c.errors import ArtifactError, Dsv4cError, SessionError, UsageError
-from dsv4c.runtime import archs
+from dsv4c.runtime import archs, cpu
 
 VOCAB = 61
 NAME = "ratio16"
@@ -226,6 +226,7 @@ def test_artifacts_for_other_machines(models: Models, monkeypatch: pytest.Monkey
     with pytest.raises(ArtifactError, match="compiled for pdp11, this machine is"):
         dsv4c.Session(artifact)
     monkeypatch.setitem(artifact.meta, "arch", arch | {"requires": ["a flag of no CPU"]})
-    monkeypatch.setattr(archs, "cpu_flags", lambda: frozenset({"sse2"}))
+    for module in (archs, cpu):
+        monkeypatch.setattr(module, "cpu_flags", lambda: frozenset({"sse2"}))
     with pytest.raises(ArtifactError, match="this CPU lacks a flag of no CPU"):
         dsv4c.Session(artifact)

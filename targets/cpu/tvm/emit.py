@@ -17,10 +17,9 @@ from dsv4c.errors import TargetError, ToolchainError, unknown
 from dsv4c.ir.dims import Dim, evaluate
 from dsv4c.ir.graph import Module
 from dsv4c.ir.weights import TensorStore, WeightExpr, stream
-from dsv4c.runtime.archs import lacks
 from dsv4c.runtime.container import ArtifactWriter
 from dsv4c.runtime.container.several import section_names, share
-from dsv4c.runtime.cpu import cpu_model
+from dsv4c.runtime.cpu import cpu_model, lacks
 from dsv4c.targets.base import Arch, Progress
 from dsv4c.targets.calls import calls_meta
 from dsv4c.targets.cpu.tuning import DEFAULT, Tuning, tuning_for

@@ -22,7 +22,7 @@ from .context import Context, ints
 from .kernels import dense, dispatch, rounding, statistics
 from .kernels.packing import Packing, Simd
 from .kernels.product import panel_width
-from .kernels.rows import BLOCK, CodedRow, Rows, coded_rows
+from .kernels.rows import BLOCK, CodedRow, Rows
 from .kernels.tiles import by_tiles, row_length
 from .lowering_rounding import rounded_expert_mlp, rows_of
 
@@ -136,7 +136,7 @@ def _coded_rows(c: Context, x: Value, packing: Packing, groups: int) -> Any:
     key = ("codes", x, row)
     if key not in c.memo:
         assert x.producer is not None
-        kernel = c.kernel(coded_rows, heads, d, groups, row)
+        kernel = c.kernel(rounding.coded_rows, heads, d, groups, row)
         shape = relax.TensorType([c.dim(n) for n in (1, *x.type.shape[:2], groups * row.words)], "uint32")
         (c.memo[key],) = c.call(kernel, [c.values[x.producer.operands[0]]], shape)
     return c.memo[key]

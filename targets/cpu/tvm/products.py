@@ -14,14 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import tvm
-import tvm_ffi
 
 from dsv4c.ir import layouts
 from dsv4c.ir import weights as w
 from dsv4c.ir.dtypes import DType
 from dsv4c.ir.encode import encode
 from dsv4c.ir.formats import SCHEMES
-from dsv4c.runtime.buffers import zeros
 from dsv4c.targets.base import Arch
 from dsv4c.targets.cpu.tuning import DEFAULT, Tuning
 
@@ -171,6 +169,4 @@ def _tensors(arrays: list[Arr]) -> list[Any]:
 
 def _tensor(array: Arr) -> Any:
     """An aligned copy."""
-    copy = zeros(array.shape, array.dtype)
-    copy[...] = array
-    return tvm_ffi.from_dlpack(copy)
+    return tvm.runtime.tensor(np.ascontiguousarray(array), tvm.cpu())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
+from .rows import BLOCK, CodedRow, block_of, store_codes
 from .vec import (
     LANES,
     by_vectors,
@@ -141,6 +142,44 @@ def bf16_rows(heads: int | None, d: int, pieces: int, length: int):
         else:
             for m in T.parallel(B * S):
                 by_vectors(each, put, Xf, Yf, m, B * S)
+
+    return func
+
+
+def coded_rows(heads: int | None, d: int, groups: int, row: CodedRow):
+    """X [B,S,(heads,)d] f32, seen as `groups` rows of row.k, -> uint32 [1,B,S,groups * row.words]."""
+    inner, k = heads or 1, row.k
+
+    def put(Xf, Yf, i):
+        """Row i of all groups' rows."""
+
+        def one(first, columns):
+            low, high = block_of(Xf, i * k + first, columns)
+            store_codes(Yf, i * row.words, first, T.bind(low), T.bind(high), row)
+
+        if k >= BLOCK:
+            with T.serial(0, k // BLOCK) as b:
+                one(b * BLOCK, BLOCK)
+        if k % BLOCK:
+            one(k // BLOCK * BLOCK, k % BLOCK)
+
+    shape = (inner, d) if heads else (d,)
+
+    @T.prim_func(s_tir=True)
+    def func(x: T.handle, y: T.handle):
+        T.func_attr({"tir.noalias": True})
+        B = T.int64()
+        S = T.int64()
+        X = T.match_buffer(x, (B, S, *shape), "float32")
+        Y = T.match_buffer(y, (1, B, S, groups * row.words), "uint32")
+        Xf = T.decl_buffer((B * S * inner * d,), "float32", data=X.data)
+        Yf = T.decl_buffer((B * S * groups * row.words,), "uint32", data=Y.data)
+        if B * S == 1:  # waking a second thread would cost more
+            for i in T.serial(groups):
+                put(Xf, Yf, i)
+        else:
+            for m in T.parallel(B * S * groups):
+                put(Xf, Yf, m)
 
     return func
 
