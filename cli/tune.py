@@ -76,7 +76,7 @@ def _words(facts: dict[str, Any]) -> str:
 
 TUNE = Command(
     name="tune",
-    summary="measure what is best on this processor for artifacts compiled here",
+    summary="measure what kernels do best with on this processor",
     about="Time matrix products with more and less memory requested ahead, decoded at a time, and rows that"
     "\ndecode for themselves; the best numbers are kept in a file that `dsv4c compile` reads. They change no"
     "\nresult. It takes a few minutes; leave the machine alone meanwhile.",

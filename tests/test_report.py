@@ -102,7 +102,9 @@ def launch_plan() -> dict[str, Any]:
     ]  # fmt: skip
     streams = {"name": "layers.20.streams", "dtype": "f32", "shape": ["B", "T"], "source": 0, "target": 1}
     memory = {"batch": 1, "context": 8192, "devices": devices, "handovers": [streams]}
-    facts = {"registers": 168, "spilled": 0, "occupancy": 0.188, "matrix": {"HGMMA": 24}}
+    facts = {
+        "registers": 168, "spilled": 0, "occupancy": 0.188, "matrix": {"HGMMA": 24}, "constants": {},
+    }  # fmt: skip
     return {
         "memory": memory,
         "kernels": [
