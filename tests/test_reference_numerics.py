@@ -18,7 +18,7 @@ from test_model_harness import Arr, Judge, Models, feed, stored
 
 import dsv4c
 from dsv4c import api
-from dsv4c.errors import PassError, TargetError
+from dsv4c.errors import PassError, TargetError, UsageError
 from dsv4c.ir.clone import clone
 from dsv4c.ir.dtypes import bf16_to_f32
 from dsv4c.ir.graph import Module, Op
@@ -218,6 +218,12 @@ def test_states_hold_rounded_values(models: Models) -> None:
 def test_onnx_refuses(models: Models) -> None:
     with pytest.raises(TargetError, match=r"round_values is not legal here|hadamard is not legal here"):
         api.lower(models.module("v4_r16"), format="onnx", passes="apply_reference_rounding,default")
+
+
+@pytest.mark.parametrize("numerics", ["bf16", "int8", "reference"])
+def test_onnx_offers_exact_numerics(models: Models, tmp_path: Path, numerics: str) -> None:
+    with pytest.raises(UsageError, match=f"numerics '{numerics}'; allowed: exact"):
+        dsv4c.compile(models.checkpoint("v4"), output=tmp_path / "m.dsv4", format="onnx", numerics=numerics)
 
 
 def test_rounding_by_attribute_is_never_dropped(models: Models, tmp_path: Path) -> None:

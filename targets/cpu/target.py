@@ -106,6 +106,7 @@ CPU = Target(
             _load_onnx,
             VISION,
             emits_parts=True,
+            numerics={"exact": ""},
         ),
     ),
     default_arch=host_arch,
