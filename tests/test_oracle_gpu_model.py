@@ -195,9 +195,9 @@ def test_v41_in_bf16(worker: Interpreter, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "devices"),
     [
-        ("v4", 2),
-        ("v41_text", 3),
-        pytest.param("v4", 3, marks=pytest.mark.matrix),
+        ("v4", 3),
+        pytest.param("v4", 2, marks=pytest.mark.matrix),
+        pytest.param("v41_text", 3, marks=pytest.mark.matrix),
         pytest.param("v41_text", 2, marks=pytest.mark.matrix),
     ],
 )
