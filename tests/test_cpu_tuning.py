@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,20 @@ def test_no_result_depends_on_it(scheme: str, inputs: str) -> None:
         first, *others = (c.run({"x": x})["y"] for c in cases)
         for other in others:
             np.testing.assert_array_equal(other, first)
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_kernels_take_every_number(name: str) -> None:
+    """What is tuned is in the code: without that, results would not depend on it either."""
+    from dsv4c.ir.dtypes import DType
+    from dsv4c.targets.cpu.tvm.kernels.dense import grouped_linear
+    from dsv4c.targets.cpu.tvm.kernels.packing import Packing, Simd
+
+    def text(value: int) -> str:
+        form = Packing(DType.F4E2M1X2, DType.F8E8M0, 32, simd=Simd.AMX, coded=True)
+        return str(grouped_linear(None, 1, 1024, 64, replace(form, tuning=Tuning(**{name: value}))).script())
+
+    assert len({text(value) for value in ALLOWED[name]}) == len(ALLOWED[name])
 
 
 # ------------------------------------------------------------------------------ the command

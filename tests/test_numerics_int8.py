@@ -16,6 +16,8 @@ from dsv4c.passes import run_pipeline
 from dsv4c.runtime import Artifact, Session
 from dsv4c.runtime.verify import verify
 from dsv4c.targets import parse_target
+from dsv4c.targets.cpu.tvm.emit import build_relax
+from dsv4c.targets.cpu.tvm.kernels.packing import Simd
 
 STORED = {
     "as published": {"mxfp4": "int8", "fp8": "bf16"},
@@ -64,6 +66,9 @@ def test_which_products_take_codes(models: Models, stored: str) -> None:
             assert producer is not None
             assert (producer.attrs["rule"], producer.attrs["block"]) == ("int8", 32)
     assert seen == set(STORED[stored])
+    for simd in (Simd.AMX, Simd.AVX512_BF16, Simd.AVX2):
+        calls = [name.rpartition("_")[0] for name in build_relax(module, simd)[0].calls]
+        assert ("coded_rows" in calls) == (simd is not Simd.AVX2)
 
 
 @pytest.mark.parametrize("stored", STORED)

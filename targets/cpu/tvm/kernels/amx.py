@@ -71,16 +71,21 @@ class Block:
 
 def _config(pieces: int) -> str:
     """`config_N(rows)` for N pieces: tiles of X and of sums have so many rows, those of a panel 16 words."""
+    tiles = {tile: (HIGH if tile in _panel_tiles(pieces) else "%rows", _ROW) for tile in range(8)}
+    return _HEAD.replace("TILES", _sizes(tiles)).replace("PIECES", str(pieces))
+
+
+def _sizes(tiles: dict[int, tuple[int | str, int]]) -> str:
+    """Stores into a configuration at %at: rows of every tile, and bytes of each."""
     lines = []
-    for tile in range(8):
-        rows = HIGH if tile in _panel_tiles(pieces) else "%rows"
+    for tile, (rows, columns) in tiles.items():
         lines += [
             f"  %c{tile} = getelementptr i8, ptr %at, i64 {16 + 2 * tile}",
-            f"  store i16 {_ROW}, ptr %c{tile}",
+            f"  store i16 {columns}, ptr %c{tile}",
             f"  %r{tile} = getelementptr i8, ptr %at, i64 {48 + tile}",
             f"  store i8 {rows}, ptr %r{tile}",
         ]
-    return _HEAD.replace("TILES", "\n".join(lines)).replace("PIECES", str(pieces))
+    return "\n".join(lines)
 
 
 _CODES = """
@@ -122,15 +127,8 @@ def codes_library(columns: int, vecs: int) -> str:
     products as int32; panel and sums have rows of `stride` bytes, those of the panel hold four columns of
     each row of the matrix.
     """
-    rows = {tile: "%rows" for tile in range(5)} | {tile: str(columns // 4) for tile in range(5, 8)}
-    config = []
-    for tile, high in rows.items():
-        config += [
-            f"  %c{tile} = getelementptr i8, ptr %at, i64 {16 + 2 * tile}",
-            f"  store i16 {columns if tile == 4 else _ROW}, ptr %c{tile}",
-            f"  %r{tile} = getelementptr i8, ptr %at, i64 {48 + tile}",
-            f"  store i8 {high}, ptr %r{tile}",
-        ]
+    tiles: dict[int, tuple[int | str, int]] = {tile: ("%rows", _ROW) for tile in range(4)}
+    tiles |= {4: ("%rows", columns)} | {tile: (columns // 4, _ROW) for tile in range(5, 8)}
     lines = []
     for v in range(vecs):
         panel = 5 + v % 3
@@ -143,7 +141,7 @@ def codes_library(columns: int, vecs: int) -> str:
         ]
     lines += [f"  call void @llvm.x86.tilestored64(i8 {v}, ptr %c{v}, i64 %ws)" for v in range(vecs)]
     text = _CODES.replace("COLUMNS", str(columns)).replace("VECS", str(vecs))
-    return text.replace("TILES", "\n".join(config)).replace("BLOCK", "\n".join(lines))
+    return text.replace("TILES", _sizes(tiles)).replace("BLOCK", "\n".join(lines))
 
 
 def _panel_tiles(pieces: int) -> range:

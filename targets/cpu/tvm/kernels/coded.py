@@ -18,8 +18,9 @@ from dsv4c.ir.dtypes import DType
 from .ahead import ask, asking, load_asking
 from .amx import HIGH, codes_library
 from .packing import NIBBLE_VALUES, Packing, Simd
-from .product import load, parts_of, store, sums
+from .product import by_row_scales, load, parts_of, store, sums
 from .rows import BLOCK, CodedRow
+from .tiles import close_gap
 from .vec import LANES, ramp, splat, zeros
 
 CHUNK = 256
@@ -65,11 +66,7 @@ class _CodedProduct:
                     self.direct(out, X, W, S, T.bind(first(r)), panel, r)
                 with T.Else():
                     many(out, X, W, S, first, stride, rows, panel)
-        if self.p.rows:
-            scales = [T.bind(R[ramp(panel * self.width + v * LANES)]) for v in range(self.vecs)]
-            with T.serial(0, rows) as r:
-                for v, scale in enumerate(scales):
-                    store(out, r * self.vecs + v, load(out, r * self.vecs + v) * scale)
+        by_row_scales(self.p, out, R, rows, panel, self.width)
 
     # -------------------------------------------------------------------------------------- a few rows
 
@@ -182,10 +179,7 @@ class _CodedProduct:
 
             parts_of(self.k, self.strip, one_strip)
             _call("release")
-            last = T.bind((rows - 1) // HIGH * HIGH)  # the last tile begins before it: close the gap
-            gap = T.bind(last - (rows - high))
-            with T.If(gap > 0), T.Then(), T.serial(0, (rows - last) * self.vecs) as i:
-                store(out, last * self.vecs + i, load(out, (last + gap) * self.vecs + i))
+            close_gap(out, rows, high, self.vecs)
 
     def by_registers(self, out, X, W, S, first_of, stride, rows, panel) -> None:
         scratch = T.alloc_buffer((self.strip // 4 * self.width,), "uint32")

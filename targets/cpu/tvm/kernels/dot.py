@@ -18,7 +18,7 @@ from dsv4c.ir.dtypes import DType
 from .ahead import asking, load_asking
 from .packing import Packing
 from .pairs import fold, folds, pairs
-from .product import ROWS, load, parts_of, store, sums
+from .product import ROWS, by_row_scales, load, parts_of, store, sums
 from .vec import LANES, ramp, splat, zeros
 
 STRIP = 128
@@ -153,10 +153,6 @@ def dot_product(p: Packing, k: int, width: int):
                     direct(out, X, W, S, at, panel, r)
                 with T.Else():
                     shared(out, X, W, S, at, rows, panel)
-            if p.rows:
-                with T.serial(0, rows) as r:
-                    for v in range(vecs):
-                        scale = R[ramp(panel * width + v * LANES)]
-                        store(out, r * vecs + v, load(out, r * vecs + v) * scale)
+            by_row_scales(p, out, R, rows, panel, width)
 
     return product

@@ -146,7 +146,7 @@ def _look_up_bytes(p: Packing, word, scale):
 def _look_up_words(p: Packing, word, scale):
     """Both pairs of four bytes as E4M3: tables of low and of high bytes, in which seven bits are looked up.
 
-    Needs AVX-512 VBMI. That takes 15 instructions, eight less than looking up each pair's halves.
+    Needs AVX-512 VBMI.
     """
     bits = _bits(p, _values(p), scale)
     low, high = (T.bind(_bytes_of(part, word)) for part in (bits & 0xFF, bits >> 8))

@@ -142,13 +142,19 @@ def panel_product(p: Packing, k: int, width: int):
                 direct(out, X, W, S, at(r), panel, r)
             with T.Else():
                 shared(out, X, W, S, at, rows, panel, following)
-        if p.rows:
-            with T.serial(0, rows) as r:
-                for v in range(vecs):
-                    scale = R[ramp(panel * width + v * LANES)]
-                    store(out, r * vecs + v, load(out, r * vecs + v) * scale)
+        by_row_scales(p, out, R, rows, panel, width)
 
     return product
+
+
+def by_row_scales(p: Packing, out, R, rows, panel, width: int) -> None:
+    """Multiply sums by the scales of the matrix's rows, where it has any."""
+    vecs = width // LANES
+    if p.rows:
+        scales = [T.bind(R[ramp(panel * width + v * LANES)]) for v in range(vecs)]
+        with T.serial(0, rows) as r:
+            for v, scale in enumerate(scales):
+                store(out, r * vecs + v, load(out, r * vecs + v) * scale)
 
 
 def parts_of(columns: int, size: int, body) -> None:

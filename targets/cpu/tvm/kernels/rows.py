@@ -1,6 +1,6 @@
 """How rows of X reach the products of a packing: as float32, as BF16 pieces, or as INT8 codes with scales."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -73,7 +73,10 @@ class Rows:
         return self.k // (2 if self.p.pieces else 1)
 
     def shape(self, *leading):
+        """Of the buffer of rows, with these axes in front."""
         return (self.planes, *leading, self.length) if self.stored else (*leading, self.groups * self.k)
+
+
 _RAISED = {DType.I8: 128, DType.I4X2: 8, DType.F4E2M1X2: 12}
 
 

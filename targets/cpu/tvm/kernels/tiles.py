@@ -27,7 +27,7 @@ from .amx import COLUMNS, HIGH, LINE, Block, library
 from .dot import DOT, dot
 from .packing import Packing, Simd
 from .pairs import CHAINS, by_exponent, chains, fold, folds, in_chains, pairs, whole_scale
-from .product import load, parts_of, store, sums
+from .product import by_row_scales, load, parts_of, store, sums
 from .vec import LANES, ramp, zeros
 
 CHUNK = 256
@@ -97,11 +97,7 @@ class _TileProduct:
                     self.direct(out, X, W, S, start + r * stride, panel, r)
                 with T.Else():
                     self.by_tiles(out, X, W, S, start, stride, rows, panel, apart, following)
-        if self.p.rows:
-            scales = [T.bind(R[ramp(panel * self.width + v * LANES)]) for v in range(self.vecs)]
-            with T.serial(0, rows) as r:
-                for v, scale in enumerate(scales):
-                    store(out, r * self.vecs + v, load(out, r * self.vecs + v) * scale)
+        by_row_scales(self.p, out, R, rows, panel, self.width)
 
     def direct(self, out, X, W, S, start, panel, row) -> None:
         """One row of one piece, by the order of tiles."""
@@ -213,10 +209,7 @@ class _TileProduct:
 
             parts_of(self.k, self.strip, one_strip)
             call("release")
-            last = T.bind((rows - 1) // HIGH * HIGH)  # the last tile begins before it: close the gap
-            gap = T.bind(last - (rows - high))
-            with T.If(gap > 0), T.Then(), T.serial(0, (rows - last) * self.vecs) as i:
-                store(out, last * self.vecs + i, load(out, (last + gap) * self.vecs + i))
+            close_gap(out, rows, high, self.vecs)
 
     def plain_strip(
         self, out, scratch, panel, x_of, stride, apart, tiles, first, columns, last, following
@@ -347,6 +340,14 @@ class _TileProduct:
                 of_word(word, group)
         if columns % group:
             of_word(columns // group, columns % group)
+
+
+def close_gap(out, rows, high, vecs: int) -> None:
+    """The last tile of `high` rows begins before it would: its sums move up to those of the tile before."""
+    last = T.bind((rows - 1) // HIGH * HIGH)
+    gap = T.bind(last - (rows - high))
+    with T.If(gap > 0), T.Then(), T.serial(0, (rows - last) * vecs) as i:
+        store(out, last * vecs + i, load(out, (last + gap) * vecs + i))
 
 
 def call(name: str, *args) -> None:
