@@ -75,7 +75,7 @@ test-targets: oracle
 	  tests/test_oracle_gpu_kernels.py tests/test_oracle_gpu_kernels_v41.py \
 	  tests/test_oracle_gpu_model.py tests/test_oracle_gpu_build.py tests/test_gpu_roofline.py \
 	  tests/test_gpu_benchmark.py tests/test_oracle_gpu_benchmark.py tests/test_archs.py \
-	  tests/test_session_packed.py
+	  tests/test_session_packed.py tests/test_kernels_packed.py tests/test_kernels_coded.py
 
 # Programs that the benchmark compares with; llama.cpp is built here, which takes minutes and a C++ compiler.
 $(RIVALS): benchmarks/rivals-requirements.txt

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from dsv4c.ir import weights as w
 from dsv4c.ir.dims import Dim, sym
@@ -144,6 +145,11 @@ def poison(array: Arr, n_valid: Arr) -> Arr:
         out[b, count:] = np.nan
         out[b, count + 1 :: 2] = -np.inf
     return out
+
+
+def usual_of(cases: Iterable[tuple[Any, ...]], usual: Callable[..., bool]) -> list[Any]:
+    """Parameters of a test: those that are not `usual` are left to `make test-targets`."""
+    return [pytest.param(*c, marks=() if usual(*c) else pytest.mark.matrix) for c in cases]
 
 
 def ints(*values: int) -> Arr:

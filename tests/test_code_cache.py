@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,15 @@ def test_a_failed_compilation_keeps_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no code"):
         kept("k", fail, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_not_asked_for_the_longest_goes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "LIMIT", 300)
+    for i, key in enumerate("abc"):
+        kept(key, lambda: bytes(60))
+        os.utime(folder / f"{key}.so", (i, i))
+    assert kept("a", lambda: b"made anew") == bytes(60)  # so it is no longer the oldest
+    kept("d", lambda: bytes(60))
+    assert {p.stem for p in folder.iterdir()} == {"a", "c", "d"}
+    kept("e", lambda: bytes(400))  # alone beyond the limit: the newest stays
+    assert {p.stem for p in folder.iterdir()} == {"e"}

@@ -11,7 +11,7 @@ import itertools
 
 import numpy as np
 import pytest
-from support import Arr, B, Case, T, ints, normal
+from support import Arr, B, Case, T, ints, normal, usual_of
 from test_kernels_packed import EXPERTS, HOST, TOPK, matrix, pair, weight
 
 from dsv4c.ir import weights as w
@@ -125,8 +125,13 @@ def test_experts_do_not_depend_on_their_neighbours(name: str) -> None:
         np.testing.assert_array_equal(case.run(row(i))["expert_mlp"], whole[:, i : i + 1])
 
 
-@pytest.mark.parametrize("arch", HOST[1:])
-@pytest.mark.parametrize("name", ["int8", "mxfp4"])
+LESSER = usual_of(
+    itertools.product(("int8", "mxfp4"), HOST[1:]),
+    lambda name, arch: name == "mxfp4" or arch.endswith("-bf16"),
+)
+
+
+@pytest.mark.parametrize(("name", "arch"), LESSER)
 def test_lesser_archs(name: str, arch: str) -> None:
     """Those with dot products of bytes give the bits of tile registers; others multiply numbers."""
     x = inputs_of_linears(np.random.default_rng(5), 2, 9)

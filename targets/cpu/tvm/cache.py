@@ -1,7 +1,8 @@
 """Compiled code on disk, by what it was compiled from: models of equal shapes have one code.
 
 A key covers the text and the structure of all functions, the processor, the linker and the version of TVM. So
-an entry is never stale, and the folder may be deleted at any time.
+an entry is never stale, and the folder may be deleted at any time. It stays within a size: entries that were
+not asked for the longest go.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from .link import Linker
 
 _DIGEST = 32
 """Bytes in front of the code: its SHA-256."""
+LIMIT = 1 << 30
+"""Bytes of all entries, beyond which the oldest go."""
 
 
 def default_cache() -> Path:
@@ -51,11 +54,24 @@ def kept(key: str, make: Callable[[], bytes], folder: Path | None = None) -> byt
     with suppress(OSError):
         held = path.read_bytes()
         if hashlib.sha256(held[_DIGEST:]).digest() == held[:_DIGEST]:
+            with suppress(OSError):
+                os.utime(path)  # the last time that it was asked for
             return held[_DIGEST:]
     code = make()
     with suppress(OSError):
         _write(path, hashlib.sha256(code).digest() + code)
+        _trim(path)
     return code
+
+
+def _trim(newest: Path) -> None:
+    """Delete the oldest entries beside the newest one, until all are within `LIMIT`."""
+    entries = sorted((e.stat().st_mtime_ns, e.stat().st_size, e) for e in newest.parent.glob("*.so"))
+    size = sum(nbytes for _, nbytes, _ in entries)
+    for _, nbytes, entry in entries:
+        if size > LIMIT and entry != newest:
+            entry.unlink(missing_ok=True)
+            size -= nbytes
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -63,6 +63,11 @@ def attention(a: AttentionShape):
     def first(start, b):
         return start[b] if a.start else T.int32(0)
 
+    def scaled(Q, b, t, h, c):
+        """A number of a query; 0 beyond the last head."""
+        x = Q[b, t, T.min(h, heads - 1), c] * T.float32(a.scale)
+        return x if heads % lanes == 0 else T.if_then_else(h < heads, x, T.float32(0))
+
     @T.prim_func(s_tir=True)
     def func(
         q: T.handle, kv: T.handle, rg: T.handle, sk: T.handle, ps: T.handle, nv: T.handle, en: T.handle,
@@ -106,13 +111,10 @@ def attention(a: AttentionShape):
                 span[0] = P[b] + T.cast(t, "int32")  # position of the query
                 span[1] = T.min(T.int32(window), span[0] + 1 - first(Start, b))  # keys of the window
                 span[2] = span[1] + entry_count(visible(span[0]))  # all keys
+                for j in T.serial(lanes):
+                    for c in T.serial(d):
+                        qt[c * lanes + j] = scaled(Q, b, t, h0 + j, c)
                 for c in T.serial(d):
-                    for j in T.serial(lanes):
-                        qt[c * lanes + j] = T.if_then_else(
-                            h0 + j < heads,
-                            Q[b, t, T.min(h0 + j, heads - 1), c] * T.float32(a.scale),
-                            T.float32(0),
-                        )
                     out[ramp(c * lanes)] = zeros()
                 for j in T.serial(lanes):
                     top[j] = Sinks[T.min(h0 + j, heads - 1)]
@@ -158,9 +160,11 @@ def attention(a: AttentionShape):
                             acc[ramp(0)] = acc[ramp(0)] + logit[ramp(i * lanes)] * splat(keys[i * d + c])
                         out[ramp(c * lanes)] = acc[ramp(0)]
                     top[ramp(0)] = new_top[ramp(0)]
+                for c in T.serial(d):
+                    out[ramp(c * lanes)] = out[ramp(c * lanes)] / total[ramp(0)]
                 for j in T.serial(T.min(lanes, heads - h0)):
                     for c in T.serial(d):
-                        Y[b, t, h0 + j, c] = out[c * lanes + j] / total[j]
+                        Y[b, t, h0 + j, c] = out[c * lanes + j]
 
         if B * S * groups == 1:  # waking a second thread for nothing costs time
             attend(T.int64(0))

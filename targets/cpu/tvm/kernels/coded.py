@@ -62,35 +62,46 @@ class _CodedProduct:
             # rows that are read as tiles lie at equal distances
             first = (lambda r: start + r * stride) if self.tiled else at
             with T.If(rows <= self.p.tuning.few):
-                with T.Then(), T.serial(0, rows) as r:
-                    self.direct(out, X, W, S, T.bind(first(r)), panel, r)
+                with T.Then():
+                    self.few(out, X, W, S, first, rows, panel)
                 with T.Else():
                     many(out, X, W, S, first, stride, rows, panel)
         by_row_scales(self.p, out, R, rows, panel, self.width)
 
     # -------------------------------------------------------------------------------------- a few rows
 
-    def direct(self, out, X, W, S, start, panel, row) -> None:
-        """One row, straight from the stored codes."""
-        total = sums(self.vecs)
+    def few(self, out, X, W, S, first_of, rows, panel) -> None:
+        """Rows in twos, which share what is decoded, and one that is left."""
+        with T.serial(0, rows // 2) as two:
+            starts = [T.bind(first_of(2 * two + r)) for r in range(2)]
+            self.direct(out, X, W, S, starts, panel, 2 * two)
+        with T.If(rows % 2 == 1), T.Then():
+            self.direct(out, X, W, S, [T.bind(first_of(rows - 1))], panel, rows - 1)
+
+    def direct(self, out, X, W, S, starts, panel, row) -> None:
+        """The rows that begin at `starts`, straight from the stored codes."""
+        p, vecs, words = self.p, self.vecs, self.p.words(self.k)
+        totals = [sums(vecs) for _ in starts]
 
         def one_block(first, columns):
-            parts, word = self.p, self.p.words(self.k)
             for at, n in self.shared(columns):
-                part = self.begin(X, start, first + at)
-                for w in range(-(-n // parts.per_word)):
-                    for v in range(self.vecs):
-                        place = panel * word + (first + at) // parts.per_word + w
-                        lanes = T.bind(load_asking(parts, W, place, v, self.width))
-                        for i, bytes_ in enumerate(_bytes(parts, lanes, raised=True)):
-                            x = X[start + (first + at) // 4 + w * self.per + i]
-                            store(part, v, vnni(load(part, v), bytes_, x))
+                parts = [self.begin(X, start, first + at) for start in starts]
+                for w in range(-(-n // p.per_word)):
+                    for v in range(vecs):
+                        place = panel * words + (first + at) // p.per_word + w
+                        lanes = T.bind(load_asking(p, W, place, v, self.width))
+                        for i, bytes_ in enumerate(map(T.bind, _bytes(p, lanes, raised=True))):
+                            for part, start in zip(parts, starts, strict=True):
+                                x = X[start + (first + at) // 4 + w * self.per + i]
+                                store(part, v, vnni(load(part, v), bytes_, x))
                 for v, scale in enumerate(self.scales(S, panel, first + at)):
-                    store(total, v, self.added(load(total, v), load(part, v), scale, X, start, first))
+                    for total, part, start in zip(totals, parts, starts, strict=True):
+                        store(total, v, self.added(load(total, v), load(part, v), scale, X, start, first))
 
         parts_of(self.k, BLOCK, one_block)
-        for v in range(self.vecs):
-            store(out, row * self.vecs + v, load(total, v))
+        for r, total in enumerate(totals):
+            for v in range(vecs):
+                store(out, (row + r) * vecs + v, load(total, v))
 
     def begin(self, X, start, column):
         """Sums of integers that begin with what raising the matrix's codes has added too much."""

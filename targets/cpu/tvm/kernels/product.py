@@ -21,7 +21,9 @@ from .vec import LANES, ramp, splat, zeros
 
 ROWS = 6
 """Rows of a register tile: 6 rows x 4 vectors of accumulators leave room in 32 registers."""
-CHUNK = 8 * ROWS
+FEW = 2
+"""Rows of a last tile that are not worth a whole one: a row alone waits for its sums as long as two take."""
+CHUNK = 16 * ROWS
 """Rows that share one decoding of a panel."""
 
 
@@ -88,11 +90,17 @@ def panel_product(p: Packing, k: int, width: int):
         for v in range(vecs):
             store(out, row * vecs + v, load(total, v))
 
-    def tile(out, X, values, value_at, S, at, first, columns, panel, s, height, together, soon):
+    def tile(out, X, values, value_at, S, at, rows, first, columns, panel, s, height, together, soon):
         """`height` rows from `first` by the columns of step s, whose numbers start at values[value_at].
 
-        Lines of the next step, which `soon` places, are requested meanwhile, where numbers are not decoded.
+        Beyond the last row that one is repeated. Where numbers are not decoded, lines of the next step, which
+        `soon` places, are requested meanwhile, and those rows' next columns.
         """
+        starts = [T.bind(at(T.min(first + r, rows - 1)) + s * step) for r in range(height)]
+        if soon is not None:
+            for start in starts:
+                for line in range(step // LANES):
+                    ask(X, start + step + line * LANES)
         with T.serial(0, vecs // together) as q:
             parts = [sums(together) for _ in range(height)]
             with T.serial(0, columns) as c:
@@ -101,7 +109,7 @@ def panel_product(p: Packing, k: int, width: int):
                 for v in range(together):
                     for r, part in enumerate(parts):
                         number = values[ramp(value_at + c * width + (q * together + v) * LANES)]
-                        store(part, v, load(part, v) + number * splat(X[at(first + r) + s * step + c]))
+                        store(part, v, load(part, v) + number * splat(X[starts[r] + c]))
             for r, part in enumerate(parts):
                 for v in range(together):
                     vec = q * together + v
@@ -110,8 +118,10 @@ def panel_product(p: Packing, k: int, width: int):
 
     def shared(out, X, W, S, at, rows, panel, following):
         scratch = None if in_place else T.alloc_buffer((step * width,), "float32")
-        with T.serial(0, rows * vecs) as i:
+        with T.serial(0, (rows + (ROWS - 1)) // ROWS * ROWS * vecs) as i:
             store(out, i, zeros())
+        rest = T.bind(rows % ROWS)
+        whole = T.bind(T.if_then_else(rest > FEW, rows + (ROWS - rest), rows - rest))
 
         def one_step(s, columns):
             word = panel * words + s * per_step
@@ -122,17 +132,17 @@ def panel_product(p: Packing, k: int, width: int):
                         for j in range(group):
                             store(scratch, (g * group + j) * vecs + v, p.decode(lanes, j))
             values, value_at = (W, word * width) if in_place else (scratch, 0)
-            given, soon = (out, X, values, value_at, S, at), None
+            given, soon = (out, X, values, value_at, S, at, rows), None
             if in_place:
                 soon = following * words
                 if not isinstance(s, int):  # which a short step is, the last one
                     soon = T.if_then_else((s + 1) * step < k, word + step, soon)
                 soon = T.bind(soon * width)
-            with T.serial(0, rows // ROWS) as i:
+            with T.serial(0, whole // ROWS) as i:
                 line = None if soon is None else soon + i % vecs * LANES
                 tile(*given, i * ROWS, columns, panel, s, ROWS, together, line)
-            with T.serial(0, rows % ROWS) as i:
-                tile(*given, rows // ROWS * ROWS + i, columns, panel, s, 1, vecs, None)
+            with T.serial(0, T.max(rows - whole, 0)) as i:
+                tile(*given, whole + i, columns, panel, s, 1, vecs, None)
 
         for_each_step(one_step)
 

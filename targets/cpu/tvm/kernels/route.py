@@ -42,11 +42,11 @@ def route_topk(experts: int, topk: int):
         X = T.match_buffer(s, (B, S, experts), "float32")
         Bias = T.match_buffer(bias, (experts,), "float32")
         Ids = T.match_buffer(i, (B, S, topk), "int32")
-        for b, t in T.grid(B, S):
+        for m in T.parallel(B * S):
             left = T.alloc_buffer((experts,), "float32")
             for e in T.serial(experts):
-                left[e] = X[b, t, e] + Bias[e]
-            take_best(b, t, left, Ids)
+                left[e] = X[m // S, m % S, e] + Bias[e]
+            take_best(m // S, m % S, left, Ids)
 
     return func
 

@@ -99,6 +99,12 @@ class _TileProduct:
                     self.by_tiles(out, X, W, S, start, stride, rows, panel, apart, following)
         by_row_scales(self.p, out, R, rows, panel, self.width)
 
+    def many(self, out, X, W, S, R, at, rows, panel, apart, following) -> None:
+        """The same by tiles, however few rows there are."""
+        start, stride = T.bind(at(0)), T.bind(at(1) - at(0))
+        self.by_tiles(out, X, W, S, start, stride, rows, panel, apart, following)
+        by_row_scales(self.p, out, R, rows, panel, self.width)
+
     def direct(self, out, X, W, S, start, panel, row) -> None:
         """One row of one piece, by the order of tiles."""
         p, vecs = self.p, self.vecs
