@@ -25,6 +25,7 @@ import alone
 import numpy as np
 from goals import evaluate, goals_table, programs_table
 from groups import Group, chosen, pairs_of
+from placing import forget, placed
 from plot import bar_chart
 from prepare import POSITIONS, make_artifacts, make_checkpoint, make_gguf
 from protocol import Worker, unpacked_logits
@@ -54,13 +55,13 @@ def main() -> None:
     artifacts = make_artifacts(checkpoint, directory, pairs, options.reuse)
     report: Facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(),
-        "options": vars(options), "programs": [], "ceilings": {},
+        "options": vars(options), "programs": [], "ceilings": {}, "files": {},
         "compile": {name: {**a, "path": Path(a["path"]).name} for name, a in artifacts.items()},
     }  # fmt: skip
     reference = None
     for group in groups:
         mine = {name: a for name, a in artifacts.items() if a["storage"] in group.storages}
-        workers = start(group, mine, checkpoint, options)
+        workers, files = start(group, mine, checkpoint, options)
         try:
             logits = {w.name: unpacked_logits(w.measure("logits", options.prefill)) for w in workers}
             if reference is None:
@@ -73,7 +74,7 @@ def main() -> None:
         report["programs"] += [
             summary(group, name, runs, errors[name], mine.get(name, {})) for name, runs in rounds.items()
         ]
-        report["ceilings"][group.name] = ceilings
+        report["ceilings"][group.name], report["files"][group.name] = ceilings, files
         write(report, options)  # what is there stays if a later group fails
     if not options.quick:
         report |= alone.measure_all(artifacts, options.long.split(","), options.threads)
@@ -103,17 +104,24 @@ def arguments() -> argparse.Namespace:
 
 def start(
     group: Group, artifacts: dict[str, Facts], checkpoint: Path, options: argparse.Namespace
-) -> list[Worker]:
-    """One process for each program of a group; those that need much memory while they load come first."""
-    threads = options.threads
-    workers = []
+) -> tuple[list[Worker], dict[str, float]]:
+    """One process for each program of a group, and how fast the files that they map can be read.
+
+    Those that need much memory while they load come first.
+    """
+    threads, given = options.threads, [a["path"] for a in artifacts.values()]
+    workers, gguf = [], None
+    forget(list(Path(options.dir).iterdir()))  # room for this group's
     if options.rivals:
         workers += [transformers(how, checkpoint, options) for how in heats(group, checkpoint, options)]
-        path = make_gguf(checkpoint, Path(options.dir), group.gguf, str(RIVALS))
-        workers.append(llama(group.gguf, path, options))
+        gguf = make_gguf(checkpoint, Path(options.dir), group.gguf, str(RIVALS))
+        forget([checkpoint])
+    files = placed([*([str(gguf)] if gguf else []), *given], threads)
+    if gguf:
+        workers.append(llama(group.gguf, gguf, options))
     for name, a in artifacts.items():
         workers.append(Worker(name, "worker_dsv4c.py", a["path"], str(threads), str(CONTEXT)))
-    return workers
+    return workers, files
 
 
 def transformers(how: str, checkpoint: Path, options: argparse.Namespace) -> Worker:
