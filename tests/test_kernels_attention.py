@@ -92,6 +92,23 @@ def test_attention(shape: tuple[int, int, int, int, int], t: int) -> None:
         assert np.isfinite(found).all(), f"garbage leaks at pos {pos}, n_valid {n_valid}"
 
 
+@pytest.mark.parametrize("shape", [(16, 16, 8, 4, 3), (11, 8, 6, 0, 0), (3, 40, 8, 0, 0)])
+def test_a_token_alone_is_what_it_is_beside_others(shape: tuple[int, int, int, int, int]) -> None:
+    """Bit for bit; a single token of few heads stays on the calling thread."""
+    heads, d, window, ratio, k = shape
+    case, rng, pos = attention(*shape), np.random.default_rng(3), ints(21, 2, 9)
+    inputs = {
+        "tokens": np.zeros((3, 1)), "pos": pos, "n_valid": ints(1, 1, 1), "q": normal(rng, 3, 1, heads, d),
+        "kv": normal(rng, 3, 1, d), "ring": normal(rng, 3, window, d),
+    }  # fmt: skip
+    if ratio:
+        inputs |= {"entries": normal(rng, 3, CAPACITY, d), "selected": selection(rng, pos, 1, ratio, k)}
+    together = case.check(inputs)["attention"]
+    for b in range(3):
+        alone = case.check({name: x[b : b + 1] for name, x in inputs.items()})["attention"]
+        np.testing.assert_array_equal(alone, together[b : b + 1])
+
+
 def test_attention_with_extreme_logits() -> None:
     """The running maximum starts at the sink: logits of a thousand neither overflow nor vanish."""
     case = attention(3, 40, 8, 0, 0)
