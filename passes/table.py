@@ -20,7 +20,6 @@ from .plan_memory import PlanMemory
 from .prune_experts import PruneExperts
 from .quantise_activations import QuantiseActivations
 from .reference_rounding import ApplyReferenceRounding
-from .relax_order import RelaxOrder
 from .requantise import Requantise
 from .spread_layers import SpreadLayers
 
@@ -51,6 +50,5 @@ PASSES: dict[str, type[Pass]] = {
         ApplyReferenceRounding,
         Requantise,
         QuantiseActivations,
-        RelaxOrder,
     )
 }

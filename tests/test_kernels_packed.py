@@ -79,11 +79,10 @@ def pair(c: Case, name: str, scheme: Scheme, rows: int, cols: int) -> WeightExpr
 
 
 @functools.cache
-def linears(name: str, target: str = "cpu", rounded: bool = False, order: str = "one") -> Case:
+def linears(name: str, target: str = "cpu", rounded: bool = False) -> Case:
     """Ragged shapes: columns end inside a word, a block, a step, and rows inside a panel, a tile.
 
-    With `rounded` inputs are rounded to BF16, and products may be summed in pairs, of few rows in an `order`
-    of their own.
+    With `rounded` inputs are rounded to BF16, and products may be summed in pairs.
     """
     c, scheme = Case(target), SCHEMES[name]
     for n, k in ((70, 70), (200, 136), (16, 6)):
@@ -93,15 +92,14 @@ def linears(name: str, target: str = "cpu", rounded: bool = False, order: str = 
         else:
             w_ = weight(c, f"w{k}", matrix(c, f"w{k}", scheme, n, k))
         if rounded:
-            x = c.b.op("round_values", x, rule="bf16")
-            c.op("linear", x, w_, out=f"y{k}", inputs="bf16", order=order)
+            c.op("linear", c.b.op("round_values", x, rule="bf16"), w_, out=f"y{k}", inputs="bf16")
         else:
             c.op("linear", x, w_, out=f"y{k}")
     return c
 
 
 @functools.cache
-def others(name: str, rounded: bool = False, order: str = "one") -> Case:
+def others(name: str, rounded: bool = False) -> Case:
     c, scheme, second = Case(), SCHEMES[name], PACKED[(PACKED.index(SCHEMES[name]) + 1) % len(PACKED)]
 
     def rows(x: Value) -> Value:
@@ -111,14 +109,14 @@ def others(name: str, rounded: bool = False, order: str = "one") -> Case:
     table = weight(c, "table", matrix(c, "table", scheme, 61, 70))
     c.op("embed", c.i32("tokens", B, T), table)
     groups = weight(c, "groups", matrix(c, "groups", scheme, 2 * 36, 70))
-    c.op("grouped_linear", rows(c.f32("heads", B, T, 5, 28)), groups, groups=2, inputs=inputs, order=order)
+    c.op("grouped_linear", rows(c.f32("heads", B, T, 5, 28)), groups, groups=2, inputs=inputs)
     d, inner = 72, 40
     w13 = w.stack(tuple(pair(c, f"w13.{e}", scheme, inner, d) for e in range(EXPERTS)))
     w2 = w.stack(tuple(matrix(c, f"w2.{e}", second, d, inner) for e in range(EXPERTS)))
     x, ids, g = c.f32("x", B, T, d), c.i32("ids", B, T, TOPK), c.f32("g", B, T, TOPK)
     c.op(
         "expert_mlp", rows(x), ids, g, c.i32("n_valid", B), weight(c, "w13", w13), weight(c, "w2", w2),
-        limit=9.0, rounding=experts, order=order,
+        limit=9.0, rounding=experts,
     )  # fmt: skip
     return c
 
@@ -180,20 +178,6 @@ def test_a_bf16_row_does_not_depend_on_its_neighbours(name: str) -> None:
 def _without_vanishing(y: Arr) -> Arr:
     """Zeros for what is near the subnormal numbers, which tile registers take for zero in every addition."""
     return np.where(np.abs(y) < 2.0**-100, 0, y)
-
-
-@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
-def test_few_rows_may_have_an_order_of_their_own(name: str) -> None:
-    """Any number of rows is right; a row has other last bits where the machine has tiles, and only there."""
-    case, kept = linears(name, rounded=True, order="any"), linears(name, rounded=True)
-    for b, t in (*SIZES, (1, 101)):
-        case.check(inputs_of_linears(np.random.default_rng(t), b, t), tolerance=2e-6)
-        others(name, rounded=True, order="any").check(
-            inputs_of_others(np.random.default_rng(t), b, t), tolerance=1e-3
-        )
-    one, many = (inputs_of_linears(np.random.default_rng(0), 1, t) for t in (1, 40))
-    same = [np.array_equal(case.run(x)["y136"], kept.run(x)["y136"]) for x in (one, many)]
-    assert same == [HOST[0] != "x86-64-v4-amx", True]
 
 
 @pytest.mark.parametrize(

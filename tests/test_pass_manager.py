@@ -264,7 +264,7 @@ def test_a_foreign_exception_names_pass_op_and_graph() -> None:
     text = str(caught.value)
     assert "broken: raised ZeroDivisionError at linear @first: integer division" in text
     assert " of test_pass_manager.py; the graph around it:" in text
-    assert "> %6 = linear(%5, %4) {inputs = \"any\", order = \"one\"} : f32[B, T, 6] @first" in text
+    assert "> %6 = linear(%5, %4) {inputs = \"any\"} : f32[B, T, 6] @first" in text
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 

@@ -27,7 +27,6 @@ def _linear(sig: Signature) -> Types:
     x = sig.shape(0)
     sig.equal(x[-1], k, "the input width and the weight's columns")
     sig.choice("inputs", "any", "bf16", "int8")
-    sig.choice("order", "one", "any")
     return (f32(*x[:-1], n),)
 
 
@@ -38,7 +37,6 @@ def _grouped_linear(sig: Signature) -> Types:
     if n % groups or static(sig, h, "head count") * static(sig, d, "head width") != groups * k:
         sig.fail(f"cannot split {h} x {d} channels over {groups} groups of {k} columns")
     sig.choice("inputs", "any", "bf16", "int8")
-    sig.choice("order", "one", "any")
     return (f32(b, t, n),)
 
 
@@ -90,8 +88,6 @@ def _gather_rows(sig: Signature) -> Types:
 _EPS = AttrDef("eps", AttrKind.FLOAT)
 _ROUNDING = AttrDef("rounding", AttrKind.STR, "none")
 _INPUTS = AttrDef("inputs", AttrKind.STR, "any")
-ORDER = AttrDef("order", AttrKind.STR, "one")
-"""Of a product's sums: "one" for any number of rows, or "any" that is fast for this many."""
 
 CORE: tuple[OpDef, ...] = (
     OpDef("weight", (), _weight, doc="A lazy weight; its expression names the checkpoint tensors."),
@@ -99,12 +95,11 @@ CORE: tuple[OpDef, ...] = (
           doc="Row `table[token]` of each token."),
     OpDef("repeat_streams", ("x",), _repeat_streams, (AttrDef("n", AttrKind.INT),), source="4 Embedding",
           doc="The same row in each of `n` residual streams."),
-    OpDef("linear", ("x", "w"), _linear, (_INPUTS, ORDER), source="3.4",
+    OpDef("linear", ("x", "w"), _linear, (_INPUTS,), source="3.4",
           doc='x w^T, w [N, K]; FP32 accumulation. inputs = "bf16" says that x holds BF16 numbers, whose'
               ' products may be summed in pairs; "int8" that it holds codes times scales of round_values by'
-              ' int8 in blocks of 32, whose products with codes of w may be summed as integers.'
-              ' order = "any" lets rows be summed in another order where there are few.'),
-    OpDef("grouped_linear", ("x", "w"), _grouped_linear, (AttrDef("groups", AttrKind.INT), _INPUTS, ORDER),
+              ' int8 in blocks of 32, whose products with codes of w may be summed as integers.'),
+    OpDef("grouped_linear", ("x", "w"), _grouped_linear, (AttrDef("groups", AttrKind.INT), _INPUTS),
           source="4.1 step 6",
           doc="Consecutive heads form groups; group g is multiplied by its own row block of w."),
     OpDef("rms_norm", ("x", "w"), _norm, (_EPS,), source="3.5",

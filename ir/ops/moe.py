@@ -11,8 +11,6 @@ from dsv4c.ir.dims import sym
 from dsv4c.ir.opdef import AttrDef, OpDef, Signature, static
 from dsv4c.ir.types import TensorType, f32, i32
 
-from .core import ORDER
-
 Types = tuple[TensorType, ...]
 
 
@@ -90,7 +88,6 @@ def _expert_mlp(sig: Signature) -> Types:
     _experts(sig)
     rows = ("bf16_rows", "int8_rows", "e4m3_rows", "int8_token")
     sig.choice("rounding", "none", "bf16", "fp16", "e4m3", "mxfp8", *rows)
-    sig.choice("order", "one", "any")
     if sig.int("block") < 0:
         sig.fail(f"cannot round hidden values in blocks of {sig.int('block')}")
     return (f32(*sig.shape(0)),)
@@ -128,7 +125,7 @@ MOE: tuple[OpDef, ...] = (
               " gets 0."),
     OpDef("expert_mlp", ("x", "ids", "weights", "n_valid", "w13", "w2"), _expert_mlp,
           (AttrDef("limit", AttrKind.FLOAT), AttrDef("rounding", AttrKind.STR, "none"),
-           AttrDef("block", AttrKind.INT, 128), ORDER), source="4.4; V4.1 3",
+           AttrDef("block", AttrKind.INT, 128)), source="4.4; V4.1 3",
           doc="dispatch, every expert's clamped SwiGLU MLP with the routing weight before w2, and combine, in"
               ' one. With rounding = "bf16" the three products and the hidden values are rounded to BF16;'
               ' with "e4m3" the hidden values also pass round_values of that rule and `block`. "fp16" is'
@@ -136,8 +133,7 @@ MOE: tuple[OpDef, ...] = (
               ' blocks of 32; "bf16_rows" says that x holds BF16 numbers and rounds the hidden values to'
               ' BF16, so that products may be summed in pairs; "int8_rows" says that x holds codes times'
               ' scales of round_values by int8 in blocks of 32 and rounds the hidden values so; "e4m3_rows"'
-              ' is the same by e4m3 and `block`, "int8_token" by int8 and whole rows. order is that of'
-              ' linear.'),
+              ' is the same by e4m3 and `block`, "int8_token" by int8 and whole rows.'),
     OpDef("expert_statistics", ("counts", "x", "ids", "weights", "n_valid", "w13", "w2"), _expert_statistics,
           (AttrDef("limit", AttrKind.FLOAT),), consumes=0, source="REAP, arXiv:2510.13999",
           doc="counts plus, per expert, the tokens that chose it and the sums of their routing weights and of"

@@ -47,7 +47,7 @@ def grouped_linear(c: Context, op: Op) -> None:
 def _linear(
     c: Context, op: Op, heads: tuple[int, ...] | None, groups: int, k: int, n: int, parts: matrix.Parts
 ) -> None:
-    (m,) = _taking(c, op, matrix.in_panels(c, op.operands[1], panel_width(n), parts))
+    (m,) = _taking(form_for(c, op), matrix.in_panels(c, op.operands[1], panel_width(n), parts))
     x = _rows(c, op.operands[0], m.packing, groups)
     c.lower(op, dense.grouped_linear, heads, groups, k, n, m.packing, args=[x, *m.args])
 
@@ -150,12 +150,10 @@ def _before_rounding(x: Value) -> Value:
     return op.operands[0]
 
 
-def _taking(c: Context, op: Op, *matrices: matrix.Matrix) -> tuple[matrix.Matrix, ...]:
-    """The matrices for rows in the op's form; for rows of float32, where one of them has no such product."""
-    form, free = form_for(c, op), op.attrs.get("order") == "any"
+def _taking(form: _Form, *matrices: matrix.Matrix) -> tuple[matrix.Matrix, ...]:
+    """The matrices for rows in this form; for rows of float32, where one of them has no such product."""
     found = tuple(
-        replace(m, packing=replace(m.packing, pieces=form.pieces, coded=form.coded, any_order=free))
-        for m in matrices
+        replace(m, packing=replace(m.packing, pieces=form.pieces, coded=form.coded)) for m in matrices
     )
     return matrices if form.pieces > 1 and not all(by_tiles(m.packing) for m in found) else found
 
@@ -183,7 +181,7 @@ def _routes(c: Context, op: Op, operands: list[Value]) -> _Routes:
     """First half of the expert MLP; computed once where two ops read the same operands."""
     x, ids, weights, n_valid, w13, w2 = operands
     rounded = {"bf16_rows": "bf16", "int8_rows": "int8"}.get(str(op.attrs.get("rounding")), "")
-    key = ("routes", *operands, op.attrs["limit"], rounded, op.attrs.get("order"))
+    key = ("routes", *operands, op.attrs["limit"], rounded)
     known: _Routes | None = c.memo.get(key)
     if known is not None:
         return known
@@ -196,7 +194,7 @@ def _routes(c: Context, op: Op, operands: list[Value]) -> _Routes:
         relax.TensorType([routes], "int32"), relax.TensorType([experts + 1], "int32"),
     )  # fmt: skip
     first, second = _taking(
-        c, op,
+        form_for(c, op),
         matrix.in_panels(
             c, w13, 2 * dense.PAIR, lambda e: tuple(w.pair_rows(m, dense.PAIR) for m in matrix.entries(e))
         ),

@@ -15,7 +15,6 @@ from . import coded, tiles
 from .coded import coded_product
 from .dot import dot_product
 from .packing import Packing, number, scale_number
-from .pairs import in_chains
 from .product import CHUNK, panel_product, panel_width
 from .rounding import bf16, store_pieces
 from .rows import CodedRow, Rows, codes_of, store_codes
@@ -33,9 +32,7 @@ def _product(p: Packing, k: int, width: int):
     if not p.pieces:
         return panel_product(p, k, width), CHUNK
     if by_tiles(p):
-        many = tile_product(p, k, width)
-        alone = p.any_order and p.pieces == 1 and not in_chains(p)
-        return (dot_product(p, k, width, many.many) if alone else many), tiles.CHUNK
+        return tile_product(p, k, width), tiles.CHUNK
     return dot_product(p, k, width), CHUNK
 
 

@@ -44,10 +44,10 @@ def dot(total, weights, x):
     return T.call_extern("float32x16", "dsv4c_dot", total, weights, splat(x))
 
 
-def dot_product(p: Packing, k: int, width: int, many=None):
+def dot_product(p: Packing, k: int, width: int):
     """A function like `product.panel_product`'s; X is uint32, a pair of columns to a word, in one piece.
 
-    k is even. `many` is the same for more rows than a few, where those have an order of sums of their own.
+    k is even.
     """
     vecs, group = width // LANES, p.per_word
     words, blocks = p.words(k), p.blocks(k)
@@ -146,20 +146,13 @@ def dot_product(p: Packing, k: int, width: int, many=None):
 
         parts_of(k, strip, one_strip)
 
-    def few(out, X, W, S, R, at, rows, panel):
-        with T.serial(0, rows) as r:
-            direct(out, X, W, S, at, panel, r)
-        by_row_scales(p, out, R, rows, panel, width)
-
-    def product(out, X, W, S, R, at, rows, panel, *where):
-        with T.attr(T.int32(0), "pragma_import_llvm", DOT), asking(), T.If(rows <= p.tuning.few):
-            with T.Then():
-                few(out, X, W, S, R, at, rows, panel)
-            with T.Else():
-                if many is not None:
-                    many(out, X, W, S, R, at, rows, panel, *where)
-                else:
+    def product(out, X, W, S, R, at, rows, panel, *_):
+        with T.attr(T.int32(0), "pragma_import_llvm", DOT), asking():
+            with T.If(rows <= p.tuning.few):
+                with T.Then(), T.serial(0, rows) as r:
+                    direct(out, X, W, S, at, panel, r)
+                with T.Else():
                     shared(out, X, W, S, at, rows, panel)
-                    by_row_scales(p, out, R, rows, panel, width)
+            by_row_scales(p, out, R, rows, panel, width)
 
     return product

@@ -69,7 +69,6 @@ class Packing:
             for them, and every number of X comes as that many BF16 numbers whose sum it is: 1 where it is one
             itself, 3 for any.
         coded: whether rows of X come as INT8 codes with a scale for every 32 columns (`rows.CodedRow`).
-        any_order: whether few rows may be summed in another order than many.
         tuning: what differs between processors, but for results.
     """
 
@@ -80,7 +79,6 @@ class Packing:
     simd: Simd = Simd.NONE
     pieces: int = 0
     coded: bool = False
-    any_order: bool = False
     tuning: Tuning = DEFAULT
 
     @property

@@ -10,9 +10,9 @@ numbers exactly, the tiles of its block have a sum of their own that is scaled a
 Rows of any float32 come in three pieces. A product of pieces is exact, so sums are as good as those of
 float32 products.
 
-A few rows of one piece would leave tiles all but empty: they decode straight into VDPBF16PS, once with the
-even and once with the odd columns of X, zeros in place of the others, which gives the two chains and the same
-bits.
+A few rows of one piece would leave tiles all but empty: they decode straight into two chains of float32
+products, of the even and of the odd columns, which gives the same bits; codes of E4M3, whose even columns can
+be had as a pair, into two of VDPBF16PS.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, valid-type, misc"
@@ -28,7 +28,7 @@ from .dot import DOT, dot
 from .packing import Packing, Simd
 from .pairs import CHAINS, by_exponent, chains, fold, folds, in_chains, pairs, whole_scale
 from .product import by_row_scales, load, parts_of, store, sums
-from .vec import LANES, ramp, zeros
+from .vec import LANES, ramp, splat, zeros
 
 CHUNK = 256
 """Rows that share one decoding of a panel."""
@@ -99,12 +99,6 @@ class _TileProduct:
                     self.by_tiles(out, X, W, S, start, stride, rows, panel, apart, following)
         by_row_scales(self.p, out, R, rows, panel, self.width)
 
-    def many(self, out, X, W, S, R, at, rows, panel, apart, following) -> None:
-        """The same by tiles, however few rows there are."""
-        start, stride = T.bind(at(0)), T.bind(at(1) - at(0))
-        self.by_tiles(out, X, W, S, start, stride, rows, panel, apart, following)
-        by_row_scales(self.p, out, R, rows, panel, self.width)
-
     def direct(self, out, X, W, S, start, panel, row) -> None:
         """One row of one piece, by the order of tiles."""
         p, vecs = self.p, self.vecs
@@ -133,18 +127,24 @@ class _TileProduct:
             store(out, row * vecs + v, load(total, v))
 
     def halved(self, X, W, S, start, panel):
-        """A tile's two sums by pairs of neighbours, each with the even and with the odd half of X."""
+        """A tile's two sums by float32 numbers, of which processors multiply twice as many at a time.
+
+        A product of BF16 numbers is exact either way. Subnormal numbers count here, which the instructions
+        for BF16 take for zero.
+        """
         p, words = self.p, self.k // 2
-        halves = T.alloc_buffer((2 * words,), "uint32")  # the even columns of X, and the odd ones
+        numbers = T.alloc_buffer((2 * words,), "float32")  # the even columns of X, and the odd ones
         with T.serial(0, words) as i:
-            T.buffer_store(halves, X[start + i] & T.uint32(0xFFFF), [i])
-            T.buffer_store(halves, X[start + i] & T.uint32(0xFFFF0000), [words + i])
+            both = T.bind(X[start + i])
+            T.buffer_store(numbers, T.reinterpret("float32", both << T.uint32(16)), [i])
+            T.buffer_store(numbers, T.reinterpret("float32", both & T.uint32(0xFFFF0000)), [words + i])
 
         def of_tile(even, odd, first, columns):
             def add(word, v, weights):
-                for i, chain in enumerate((even, odd)):
-                    x = halves[i * words + first // 2 + word]
-                    store(chain, v, dot(load(chain, v), weights, x))
+                halves = T.shift_left(weights, _all(16)), T.bitwise_and(weights, _all(0xFFFF0000))
+                for i, (chain, half) in enumerate(zip((even, odd), halves, strict=True)):
+                    x = splat(numbers[i * words + first // 2 + word])
+                    store(chain, v, load(chain, v) + T.reinterpret("float32x16", half) * x)
 
             scaled = not by_exponent(p)
             parts_of(
@@ -354,6 +354,10 @@ def close_gap(out, rows, high, vecs: int) -> None:
     gap = T.bind(last - (rows - high))
     with T.If(gap > 0), T.Then(), T.serial(0, (rows - last) * vecs) as i:
         store(out, last * vecs + i, load(out, (last + gap) * vecs + i))
+
+
+def _all(x: int):
+    return T.broadcast(T.uint32(x), LANES)
 
 
 def call(name: str, *args) -> None:
