@@ -21,7 +21,7 @@ from .packing import NIBBLE_VALUES, Packing, Simd
 from .product import by_row_scales, load, parts_of, store, sums
 from .rows import BLOCK, CodedRow
 from .tiles import close_gap
-from .vec import LANES, ramp, splat, zeros
+from .vec import LANES, ramp, splat, splat_u32, zeros
 
 CHUNK = 256
 """Rows that share one decoding of a panel."""
@@ -235,22 +235,18 @@ def vnni(total, raised, x):
 def _bytes(p: Packing, word, raised: bool):
     """A loaded word's codes as words of four bytes in the order of `CodedRow`, plus `CodedRow.raised`."""
     if p.code is DType.I8:
-        return [T.bitwise_xor(word, _all(0x80808080)) if raised else word]
+        return [T.bitwise_xor(word, splat_u32(0x80808080)) if raised else word]
     values = NIBBLE_VALUES[p.code]
     unit, more = (2 if p.code is DType.F4E2M1X2 else 1), CodedRow.raised(p) if raised else 0
     bytes_ = [int(v * unit) + more for v in values]
     table = T.Shuffle([T.int8(b) for b in bytes_ * 4], list(range(4 * LANES)))
     found = []
     for shift in (0, 4):
-        index = T.bitwise_and(T.shift_right(word, _all(shift)) if shift else word, _all(0x0F0F0F0F))
+        index = T.bitwise_and(T.shift_right(word, splat_u32(shift)) if shift else word, splat_u32(0x0F0F0F0F))
         name = "llvm.x86.avx512.pshuf.b.512"
         taken = T.call_llvm_pure_intrin("int8x64", name, table, T.reinterpret("int8x64", index))
         found.append(T.reinterpret("uint32x16", taken))
     return found
-
-
-def _all(x: int):
-    return T.broadcast(T.uint32(x), LANES)
 
 
 def _call(name: str, *args) -> None:

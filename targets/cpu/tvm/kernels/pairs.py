@@ -16,7 +16,7 @@ from tvm.script import tirx as T
 from dsv4c.ir.dtypes import DType
 
 from .packing import NIBBLE_VALUES, Packing, Simd
-from .vec import LANES, ramp
+from .vec import LANES, ramp, splat_u32
 
 _HALVES = 2 * LANES
 _E4M3 = (DType.F8E4M3, DType.F8E4M3FNUZ)
@@ -37,17 +37,17 @@ def fold(p: Packing, buffer, at):
     code = T.cast(buffer[ramp(at)], "uint32x16")
     # A scale beyond what the exponents have room for counts as the last one that has: 2^-117 or 2^119 for
     # E4M3.
-    code = T.min(T.max(code, _all(top - bottom)), _all(top))
-    lower = T.shift_left(_all(top) - code, _all(7))
-    return T.bitwise_or(lower, T.shift_left(lower, _all(16)))
+    code = T.min(T.max(code, splat_u32(top - bottom)), splat_u32(top))
+    lower = T.shift_left(splat_u32(top) - code, splat_u32(7))
+    return T.bitwise_or(lower, T.shift_left(lower, splat_u32(16)))
 
 
 def whole_scale(p: Packing, buffer, at):
     """16 block scales as float32, for sums of codes as they are; no further than `fold` reaches."""
     top, bottom = _exponents(p)
     code = T.cast(buffer[ramp(at)], "uint32x16")
-    code = T.min(T.max(code, _all(top - bottom)), _all(top))
-    return T.reinterpret("float32x16", T.shift_left(code, _all(23)))
+    code = T.min(T.max(code, splat_u32(top - bottom)), splat_u32(top))
+    return T.reinterpret("float32x16", T.shift_left(code, splat_u32(23)))
 
 
 def pairs(p: Packing, word, scale, columns: int):
@@ -66,14 +66,14 @@ def _pair(p: Packing, word, i: int, scale):
         return word
     if scale is None or by_exponent(p):
         if p.code in NIBBLE_VALUES:
-            return _look_up_nibbles(p, T.shift_right(word, _all(4 * i)), scale)
+            return _look_up_nibbles(p, T.shift_right(word, splat_u32(4 * i)), scale)
         if p.code in _E4M3:
-            return _look_up_bytes(p, T.shift_right(word, _all(8 * i)), scale)
+            return _look_up_bytes(p, T.shift_right(word, splat_u32(8 * i)), scale)
     low, high = (p.decode(word, 2 * i + j) for j in (0, 1))
     if scale is not None:
         low, high = low * scale, high * scale
     low, high = (T.reinterpret("uint32x16", x) for x in (low, high))
-    return T.bitwise_or(T.shift_right(low, _all(16)), T.bitwise_and(high, _all(0xFFFF0000)))
+    return T.bitwise_or(T.shift_right(low, splat_u32(16)), T.bitwise_and(high, splat_u32(0xFFFF0000)))
 
 
 def by_exponent(p: Packing) -> bool:
@@ -139,7 +139,7 @@ def _look_up_bytes(p: Packing, word, scale):
         T.call_llvm_pure_intrin("int16x32", name, a, index, b) for a, b in (tables[:2], tables[2:])
     )
     is_large = T.bitwise_and(index, T.broadcast(T.int16(64), _HALVES)) != T.broadcast(T.int16(0), _HALVES)
-    sign = T.bitwise_and(T.shift_left(word, _all(8)), _all(0x80008000))
+    sign = T.bitwise_and(T.shift_left(word, splat_u32(8)), splat_u32(0x80008000))
     return T.bitwise_or(_lowered(T.Select(is_large, large, small), scale), sign)
 
 
@@ -150,11 +150,11 @@ def _look_up_words(p: Packing, word, scale):
     """
     bits = _bits(p, _values(p), scale)
     low, high = (T.bind(_bytes_of(part, word)) for part in (bits & 0xFF, bits >> 8))
-    even = T.bitwise_or(_halves_left(high, 8), T.bitwise_and(low, _all(0x00FF00FF)))
-    odd = T.bitwise_or(_halves_right(low, 8), T.bitwise_and(high, _all(0xFF00FF00)))
+    even = T.bitwise_or(_halves_left(high, 8), T.bitwise_and(low, splat_u32(0x00FF00FF)))
+    odd = T.bitwise_or(_halves_right(low, 8), T.bitwise_and(high, splat_u32(0xFF00FF00)))
     signs = _halves_left(word, 8), word
     return [
-        T.bitwise_or(_lowered(T.reinterpret("int16x32", x), scale), T.bitwise_and(s, _all(0x80008000)))
+        T.bitwise_or(_lowered(T.reinterpret("int16x32", x), scale), T.bitwise_and(s, splat_u32(0x80008000)))
         for x, s in zip((even, odd), signs, strict=True)
     ]
 
@@ -181,10 +181,10 @@ def chains(p: Packing, word):
     bits = _bits(p, _values(p), None)
     index = T.bind(_ordered(word, (1, 3, 0, 2)))  # columns 2 3 0 1
     swapped = _ordered(word, (3, 1, 2, 0))
-    high = T.bind(T.bitwise_or(_bytes_of(bits >> 8, index), T.bitwise_and(index, _all(0x80808080))))
+    high = T.bind(T.bitwise_or(_bytes_of(bits >> 8, index), T.bitwise_and(index, splat_u32(0x80808080))))
     low = T.bind(_bytes_of(bits & 0xFF, swapped))
     even = T.call_extern("uint32x16", "dsv4c_low_bytes", high, low)
-    odd = T.bitwise_or(T.bitwise_and(high, _all(0xFF00FF00)), T.bitwise_and(low, _all(0x00FF00FF)))
+    odd = T.bitwise_or(T.bitwise_and(high, splat_u32(0xFF00FF00)), T.bitwise_and(low, splat_u32(0x00FF00FF)))
     return even, odd
 
 
@@ -215,7 +215,3 @@ def _halves_right(x, n: int):
 
 def _by_halves(x, f):
     return T.reinterpret("uint32x16", f(T.reinterpret("uint16x32", x)))
-
-
-def _all(x: int):
-    return T.broadcast(T.uint32(x), LANES)

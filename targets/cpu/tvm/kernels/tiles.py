@@ -28,7 +28,7 @@ from .dot import DOT, dot
 from .packing import Packing, Simd
 from .pairs import CHAINS, by_exponent, chains, fold, folds, in_chains, pairs, whole_scale
 from .product import by_row_scales, load, parts_of, store, sums
-from .vec import LANES, ramp, splat, zeros
+from .vec import LANES, ramp, splat, splat_u32, zeros
 
 CHUNK = 256
 """Rows that share one decoding of a panel."""
@@ -127,7 +127,7 @@ class _TileProduct:
             store(out, row * vecs + v, load(total, v))
 
     def halved(self, X, W, S, start, panel):
-        """A tile's two sums by float32 numbers, of which processors multiply twice as many at a time.
+        """A tile's two sums by float32 numbers: 0.7 of the time of VDPBF16PS with zeros between.
 
         A product of BF16 numbers is exact either way. Subnormal numbers count here, which the instructions
         for BF16 take for zero.
@@ -141,7 +141,7 @@ class _TileProduct:
 
         def of_tile(even, odd, first, columns):
             def add(word, v, weights):
-                halves = T.shift_left(weights, _all(16)), T.bitwise_and(weights, _all(0xFFFF0000))
+                halves = T.shift_left(weights, splat_u32(16)), T.bitwise_and(weights, splat_u32(0xFFFF0000))
                 for i, (chain, half) in enumerate(zip((even, odd), halves, strict=True)):
                     x = splat(numbers[i * words + first // 2 + word])
                     store(chain, v, load(chain, v) + T.reinterpret("float32x16", half) * x)
@@ -354,10 +354,6 @@ def close_gap(out, rows, high, vecs: int) -> None:
     gap = T.bind(last - (rows - high))
     with T.If(gap > 0), T.Then(), T.serial(0, (rows - last) * vecs) as i:
         store(out, last * vecs + i, load(out, (last + gap) * vecs + i))
-
-
-def _all(x: int):
-    return T.broadcast(T.uint32(x), LANES)
 
 
 def call(name: str, *args) -> None:

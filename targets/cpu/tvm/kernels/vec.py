@@ -32,7 +32,7 @@ def of_lanes(dtype: str, lanes: int) -> str:
     return dtype if lanes == 1 else f"{dtype}x{lanes}"
 
 
-def splat_u32(x: int, lanes: int):
+def splat_u32(x: int, lanes: int = LANES):
     return T.uint32(x) if lanes == 1 else T.broadcast(T.uint32(x), lanes)
 
 
