@@ -168,16 +168,16 @@ class _Compiled:
         from tvm import relax
 
         from dsv4c.targets import parse_target
-        from dsv4c.targets.cpu.tuning import DEFAULT
+        from dsv4c.targets.cpu.tuning import default_for
         from dsv4c.targets.cpu.tvm.context import Context
-        from dsv4c.targets.cpu.tvm.emit import cross_attributes, simd_of
+        from dsv4c.targets.cpu.tvm.emit import cross_attributes, machine_code, simd_of
         from dsv4c.targets.cpu.tvm.lowering import LOWERINGS
 
         module = case.module
         shapes = [v.type.shape for v in module.arguments().values()]
         bound = frozenset(d.name for s in shapes for d in s if isinstance(d, Dim) and d.op == "sym")
         arch = parse_target(case.target)[1]
-        context = Context(relax.BlockBuilder(), bound, simd_of(arch), case.tuning or DEFAULT)
+        context = Context(relax.BlockBuilder(), bound, simd_of(arch), case.tuning or default_for(arch.name))
         for name, value in module.arguments().items():
             context.values[value] = relax.Var(name, context.tensor(value.type))
         if "tokens" in module.inputs:
@@ -191,8 +191,7 @@ class _Compiled:
             context.builder.emit_func_output(results, params=[*arguments, *weights])
         self.names, self.outputs = list(module.arguments()), list(module.outputs)
         self.types = {name: v.type for name, v in module.arguments().items()}
-        target = tvm.target.Target({"kind": "llvm", **cross_attributes(arch)})
-        executable = tvm.compile(context.builder.get(), target=target)
+        executable = machine_code(context.builder.get(), cross_attributes(arch))
         self.step = relax.VirtualMachine(executable, tvm.cpu())["step"]
         self.stored = {name: expr.dtype for name, (_, expr) in context.packed.items()}
         packed = [w.materialise(expr, case.store) for _, expr in context.packed.values()]

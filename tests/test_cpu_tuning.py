@@ -58,6 +58,10 @@ def test_what_is_known_is_taken(file: Callable[[Any], Path], tmp_path: Path) -> 
     file({"a-1": {"x86-64-v3": {"ahead": 64}}})
     assert tunings.tuning_for("x86-64-v3", "a-1") == Tuning(ahead=64)
     assert tunings.tuning_for("x86-64-v2", "a-1") == tunings.tuning_for("x86-64-v3", "a-2") == DEFAULT
+    assert tunings.tuning_for("x86-64-v4-amx", "a-1").few < DEFAULT.few
+    file({"a-1": {"x86-64-v4-amx": {"ahead": 64}}})
+    of_arch = tunings.default_for("x86-64-v4-amx")
+    assert tunings.tuning_for("x86-64-v4-amx", "a-1") == replace(of_arch, ahead=64)
     for model, archs in shipped.items():
         for arch, known in archs.items():
             assert tunings.tuning_for(arch, model) == known
@@ -123,7 +127,7 @@ def test_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every value of every number is tried, with products that run."""
     from dsv4c.targets.cpu.tvm import search
 
-    few = {"ahead": (64, 192), "strip": (128, 256), "few": (1, 2)}
+    few = {"ahead": (64, 192), "strip": (128, 256), "few": (1, 2, 8)}
     monkeypatch.setattr(search, "ALLOWED", few)
     monkeypatch.setattr(search, "SCHEMES", ("mxfp4",))
     monkeypatch.setattr(search, "SIZE", (64, 256))
@@ -146,7 +150,7 @@ def test_no_result_depends_on_it(scheme: str, inputs: str) -> None:
         return c
 
     cases = [case(tuning) for tuning in (DEFAULT, *ENDS)]
-    for tokens in (1, 2, 3, 5, 40):
+    for tokens in (1, 2, 3, 5, 7, 13, 14, 40):
         x: Arr = normal(np.random.default_rng(tokens), 1, tokens, 520)
         first, *others = (c.run({"x": x})["y"] for c in cases)
         for other in others:

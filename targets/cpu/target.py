@@ -23,8 +23,9 @@ ARCHS = (
          "amx_tile", "amx_bf16", "amx_int8"),
     ),
     Arch(
-        "x86-64-v4-bf16", {"mcpu": "x86-64-v4", "mattr": "+avx512bf16,+avx512vnni"},
-        (*_V4, "avx512_bf16", "avx512_vnni"),
+        "x86-64-v4-bf16",
+        {"mcpu": "x86-64-v4", "mattr": "+avx512bf16,+avx512vnni,+avx512vbmi,+avx512vbmi2"},
+        (*_V4, "avx512_bf16", "avx512_vnni", "avx512vbmi", "avx512_vbmi2"),
     ),
     Arch("x86-64-v4", {"mcpu": "x86-64-v4"}, _V4),
     Arch("x86-64-v3", {"mcpu": "x86-64-v3"}, _V3),

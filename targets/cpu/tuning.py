@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,20 +29,23 @@ class Tuning:
     Attributes:
         ahead: lines of 64 bytes by which kernels of few rows request stored codes ahead; 0 for never.
         strip: columns of a panel that are decoded before rows are multiplied by them.
-        few: rows up to which each decodes for itself.
+        few: rows up to which stored codes go from memory into products, four rows at a time; more share codes
+            that are decoded before.
     """
 
     ahead: int = 192
     strip: int = 256
-    few: int = 2
+    few: int = 8
 
 
 DEFAULT = Tuning()
+_BY_ARCH = {"x86-64-v4-amx": Tuning(few=2)}
+"""Where the default is another one: tile registers pay from three rows on."""
 
 ALLOWED: dict[str, tuple[int, ...]] = {
     "ahead": (0, 64, 128, 192, 256, 384),
     "strip": (128, 256, 512),
-    "few": (1, 2, 3, 4),
+    "few": (1, 2, 3, 4, 8),
 }
 """What a search tries; kernels take these and no others."""
 
@@ -59,7 +62,12 @@ def tuning_for(arch: str, model: str) -> Tuning:
             found = read(path).get(model, {}).get(arch)
             if found is not None:
                 return found
-    return DEFAULT
+    return default_for(arch)
+
+
+def default_for(arch: str) -> Tuning:
+    """Of an arch, for processors of which nothing is known."""
+    return _BY_ARCH.get(arch, DEFAULT)
 
 
 def user_file() -> Path | None:
@@ -80,7 +88,7 @@ def _parsed(path: Path, _: int) -> dict[str, dict[str, Tuning]]:
     if not isinstance(data, dict) or not all(isinstance(archs, dict) for archs in data.values()):
         raise TargetError("is no table of processors", where=str(path), allowed=_FORM, hint=_HINT)
     return {
-        model: {arch: checked(values, f"{path}: {model}: {arch}") for arch, values in archs.items()}
+        model: {a: checked(values, f"{path}: {model}: {a}", default_for(a)) for a, values in archs.items()}
         for model, archs in data.items()
     }
 
@@ -98,8 +106,8 @@ def read(path: Path) -> dict[str, dict[str, Tuning]]:
     return _parsed(path, path.stat().st_mtime_ns if path.exists() else 0)
 
 
-def checked(values: object, where: str) -> Tuning:
-    """The tuning that a table of numbers says; what it leaves out is the default.
+def checked(values: object, where: str, default: Tuning = DEFAULT) -> Tuning:
+    """The tuning that a table of numbers says; what it leaves out is that of `default`.
 
     Raises:
         TargetError: a name or a number that no kernel takes.
@@ -112,7 +120,7 @@ def checked(values: object, where: str) -> Tuning:
         if value not in ALLOWED[name] or isinstance(value, bool):
             allowed = ", ".join(str(n) for n in ALLOWED[name])
             raise TargetError(f"{name} is {value!r}", where=where, allowed=allowed, hint=_HINT)
-    return Tuning(**{f.name: values.get(f.name, f.default) for f in fields(Tuning)})
+    return replace(default, **values)
 
 
 def merged(path: Path, model: str, arch: str, tuning: Tuning) -> str:

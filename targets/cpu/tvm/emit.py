@@ -219,14 +219,26 @@ def _identifier(name: str) -> str:
     return name.replace(".", "_")
 
 
+_NEEDLESS = (
+    "s_tir.CompactBufferAllocation", "s_tir.HoistIfThenElse", "s_tir.RenormalizeSplitPattern",
+    "s_tir.StmtSimplify", "tirx.RemoveNoOp",
+)  # fmt: skip
+"""Passes of TVM's that take more than half the time and leave the machine code of these kernels as it is."""
+
+
+def machine_code(module: Any, cpu: dict[str, Any]) -> Any:
+    """A module or function of TVM's, compiled for an arch by its `cross_attributes`; not linked."""
+    with tvm.transform.PassContext(opt_level=3, disabled_pass=list(_NEEDLESS)):
+        return tvm.compile(module, target=tvm.target.Target({"kind": "llvm", **cpu}))
+
+
 def compile_module(relax_module: Any, cpu: dict[str, Any], link: Linker) -> bytes:
     """Compile and link; returns the bytes of the shared object.
 
     Raises:
         ToolchainError: linking fails.
     """
-    target = tvm.target.Target({"kind": "llvm", **cpu})
-    executable = tvm.compile(relax_module, target=target)
+    executable = machine_code(relax_module, cpu)
     with tempfile.TemporaryDirectory(prefix="dsv4c-") as directory:
         path = Path(directory) / "step.so"
         executable.export_library(str(path), fcompile=link)

@@ -23,7 +23,7 @@ from dsv4c.ir.formats import SCHEMES
 from dsv4c.targets.base import Arch
 from dsv4c.targets.cpu.tuning import DEFAULT, Tuning
 
-from .emit import cross_attributes, simd_of
+from .emit import cross_attributes, machine_code, simd_of
 from .kernels import dense, dispatch
 from .kernels.packing import Packing
 from .kernels.product import panel_width
@@ -122,8 +122,8 @@ class Maker:
         return max(1, round(self.nbytes / _size(arrays)))
 
     def _compiled(self, kernel: Any) -> Any:
-        target = tvm.target.Target({"kind": "llvm", **cross_attributes(self.arch)})
-        return tvm.compile(kernel.with_attr("global_symbol", "main"), target=target)["main"]
+        function = kernel.with_attr("global_symbol", "main")
+        return machine_code(function, cross_attributes(self.arch))["main"]
 
 
 def _taking(packing: Packing, rows: str) -> Packing:

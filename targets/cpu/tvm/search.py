@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dsv4c.targets.base import Arch
-from dsv4c.targets.cpu.tuning import ALLOWED, DEFAULT, Tuning
+from dsv4c.targets.cpu.tuning import ALLOWED, Tuning, default_for
 
 from .emit import simd_of
 from .kernels.packing import Simd
@@ -21,7 +21,7 @@ MARGIN = 0.02
 SIZE = (2048, 1024)
 """N and K of the products."""
 SCHEMES = ("bf16", "fp8", "mxfp4", "int8")
-TOKENS: dict[str, tuple[int, ...]] = {"ahead": (1,), "few": (2, 3, 4), "strip": (64,)}
+TOKENS: dict[str, tuple[int, ...]] = {"ahead": (1,), "few": (2, 4, 6), "strip": (64,)}
 """Number -> tokens of the products that it matters for, in the order of the search."""
 
 Case = tuple[str, str, int]
@@ -47,7 +47,7 @@ def search(
         progress: is called with a name, steps done and steps in all.
         nbytes: of the weights of each product, more than the last cache.
     """
-    tuning, trials = DEFAULT, list[Trial]()
+    tuning, trials = default_for(arch.name), list[Trial]()
     for step, name in enumerate(TOKENS):
         progress(name, step, len(TOKENS))
         candidates = {value: replace(tuning, **{name: value}) for value in ALLOWED[name]}

@@ -18,7 +18,7 @@ from dsv4c.ir.dtypes import DType
 from .ahead import ask, asking, load_asking
 from .amx import HIGH, codes_library
 from .packing import NIBBLE_VALUES, Packing, Simd
-from .product import by_row_scales, load, parts_of, store, sums
+from .product import by_row_scales, in_groups, load, parts_of, store, sums, whole_tiles
 from .rows import BLOCK, CodedRow
 from .tiles import close_gap
 from .vec import LANES, ramp, splat, splat_u32, zeros
@@ -57,26 +57,25 @@ class _CodedProduct:
 
     def __call__(self, out, X, W, S, R, at, rows, panel, apart, following) -> None:
         start, stride = T.bind(at(0)), T.bind(at(1) - at(0))
-        many = self.by_tiles if self.tiled else self.by_registers
+
+        def direct(starts, row):
+            self.direct(out, X, W, S, starts, panel, row)
+
         with T.attr(T.int32(0), "pragma_import_llvm", VNNI), asking():
-            # rows that are read as tiles lie at equal distances
-            first = (lambda r: start + r * stride) if self.tiled else at
-            with T.If(rows <= self.p.tuning.few):
-                with T.Then():
-                    self.few(out, X, W, S, first, rows, panel)
-                with T.Else():
-                    many(out, X, W, S, first, stride, rows, panel)
+            if self.tiled:  # rows lie at equal distances
+                with T.If(rows <= self.p.tuning.few):
+                    with T.Then():
+                        in_groups(T.int64(0), rows, lambda r: start + r * stride, direct, 2)
+                    with T.Else():
+                        self.by_tiles(out, X, W, S, start, stride, rows, panel)
+            else:
+                whole = whole_tiles(rows, self.p.tuning.few, TOGETHER)
+                with T.If(whole > 0), T.Then():
+                    self.by_registers(out, X, W, S, at, rows, whole, panel)
+                in_groups(whole, rows, at, direct)
         by_row_scales(self.p, out, R, rows, panel, self.width)
 
     # -------------------------------------------------------------------------------------- a few rows
-
-    def few(self, out, X, W, S, first_of, rows, panel) -> None:
-        """Rows in twos, which share what is decoded, and one that is left."""
-        with T.serial(0, rows // 2) as two:
-            starts = [T.bind(first_of(2 * two + r)) for r in range(2)]
-            self.direct(out, X, W, S, starts, panel, 2 * two)
-        with T.If(rows % 2 == 1), T.Then():
-            self.direct(out, X, W, S, [T.bind(first_of(rows - 1))], panel, rows - 1)
 
     def direct(self, out, X, W, S, starts, panel, row) -> None:
         """The rows that begin at `starts`, straight from the stored codes."""
@@ -146,7 +145,7 @@ class _CodedProduct:
                     place = (w * self.per + i) * self.width + v * LANES
                     T.buffer_store(scratch, bytes_, [ramp(place)])
 
-    def by_tiles(self, out, X, W, S, first_of, stride, rows, panel, *_) -> None:
+    def by_tiles(self, out, X, W, S, first_row, stride, rows, panel) -> None:
         """16 rows at a time; the last tile overlaps the one before it."""
         part = T.alloc_buffer((HIGH * self.width,), "int32")
         with T.attr(T.int32(0), "pragma_import_llvm", codes_library(self.row.step, self.vecs)):
@@ -185,20 +184,26 @@ class _CodedProduct:
                 else:
                     self.decode(scratch, W, panel, first, columns, raised=False)
                 with T.serial(0, tiles) as t:
-                    start = T.bind(first_of(T.min(t * HIGH, rows - high)))
+                    start = T.bind(first_row + T.min(t * HIGH, rows - high) * stride)
                     parts_of(columns, BLOCK, lambda at, n: one_block(t, start, first, at, n))
 
             parts_of(self.k, self.strip, one_strip)
             _call("release")
             close_gap(out, rows, high, self.vecs)
 
-    def by_registers(self, out, X, W, S, first_of, stride, rows, panel) -> None:
+    def by_registers(self, out, X, W, S, first_of, rows, whole, panel) -> None:
+        """Whole tiles; beyond the last row that one is repeated."""
         scratch = T.alloc_buffer((self.strip // 4 * self.width,), "uint32")
-        with T.serial(0, rows * self.vecs) as i:
+        with T.serial(0, whole * self.vecs) as i:
             store(out, i, zeros())
 
-        def tile(first, columns, row, height):
-            starts = [T.bind(first_of(row + r)) for r in range(height)]
+        def tile(first, columns, row):
+            """All columns of a strip, with the rows' sums in registers."""
+            starts = [T.bind(first_of(T.min(row + r, rows - 1))) for r in range(TOGETHER)]
+            totals = [sums(self.vecs) for _ in starts]
+            for r, total in enumerate(totals):
+                for v in range(self.vecs):
+                    store(total, v, load(out, (row + r) * self.vecs + v))
 
             def one_block(at, n):
                 for within, here in self.shared(n):
@@ -210,19 +215,21 @@ class _CodedProduct:
                                 x = X[start + (first + at + within) // 4 + w]
                                 store(part, v, vnni(load(part, v), bytes_, x))
                     for v, scale in enumerate(self.scales(S, panel, first + at + within)):
-                        for r, (part, start) in enumerate(zip(parts, starts, strict=True)):
-                            place = (row + r) * self.vecs + v
-                            total = self.added(load(out, place), load(part, v), scale, X, start, first + at)
-                            store(out, place, total)
+                        for total, part, start in zip(totals, parts, starts, strict=True):
+                            store(
+                                total, v,
+                                self.added(load(total, v), load(part, v), scale, X, start, first + at),
+                            )  # fmt: skip
 
             parts_of(columns, BLOCK, one_block)
+            for r, total in enumerate(totals):
+                for v in range(self.vecs):
+                    store(out, (row + r) * self.vecs + v, load(total, v))
 
         def one_strip(first, columns):
             self.decode(scratch, W, panel, first, columns, raised=True)
-            with T.serial(0, rows // TOGETHER) as i:
-                tile(first, columns, i * TOGETHER, TOGETHER)
-            with T.serial(0, rows % TOGETHER) as i:
-                tile(first, columns, rows // TOGETHER * TOGETHER + i, 1)
+            with T.serial(0, whole // TOGETHER) as i:
+                tile(first, columns, i * TOGETHER)
 
         parts_of(self.k, self.strip, one_strip)
 
@@ -236,17 +243,25 @@ def _bytes(p: Packing, word, raised: bool):
     """A loaded word's codes as words of four bytes in the order of `CodedRow`, plus `CodedRow.raised`."""
     if p.code is DType.I8:
         return [T.bitwise_xor(word, splat_u32(0x80808080)) if raised else word]
-    values = NIBBLE_VALUES[p.code]
-    unit, more = (2 if p.code is DType.F4E2M1X2 else 1), CodedRow.raised(p) if raised else 0
-    bytes_ = [int(v * unit) + more for v in values]
-    table = T.Shuffle([T.int8(b) for b in bytes_ * 4], list(range(4 * LANES)))
     found = []
     for shift in (0, 4):
-        index = T.bitwise_and(T.shift_right(word, splat_u32(shift)) if shift else word, splat_u32(0x0F0F0F0F))
-        name = "llvm.x86.avx512.pshuf.b.512"
-        taken = T.call_llvm_pure_intrin("int8x64", name, table, T.reinterpret("int8x64", index))
-        found.append(T.reinterpret("uint32x16", taken))
+        nibbles = T.bitwise_and(
+            T.shift_right(word, splat_u32(shift)) if shift else word, splat_u32(0x0F0F0F0F)
+        )
+        if p.code is DType.I4X2 and raised:  # two's complement of 4 bits, 8 more
+            found.append(T.bitwise_xor(nibbles, splat_u32(0x08080808)))
+        else:
+            found.append(_looked_up(p, nibbles, CodedRow.raised(p) if raised else 0))
     return found
+
+
+def _looked_up(p: Packing, nibbles, more: int):
+    unit = 2 if p.code is DType.F4E2M1X2 else 1
+    bytes_ = [int(v * unit) + more for v in NIBBLE_VALUES[p.code]]
+    table = T.Shuffle([T.int8(b) for b in bytes_ * 4], list(range(4 * LANES)))
+    name = "llvm.x86.avx512.pshuf.b.512"
+    found = T.call_llvm_pure_intrin("int8x64", name, table, T.reinterpret("int8x64", nibbles))
+    return T.reinterpret("uint32x16", found)
 
 
 def _call(name: str, *args) -> None:

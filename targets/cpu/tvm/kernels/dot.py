@@ -4,7 +4,7 @@ For machines with AVX-512 BF16. Rows of X come as BF16, weights become pairs of 
 registers. The instruction adds a pair's two products to an FP32 sum one after the other, rounding to nearest
 even, and takes subnormal BF16 numbers for zero (Intel SDM, VDPBF16PS). Pairs are summed in ascending order;
 where a scale cannot be multiplied into BF16 numbers exactly, its block has a sum of its own that is scaled
-and added. One row decodes straight into its sums, more rows share pairs that are decoded once into the
+and added. A few rows decode straight into their sums, more share pairs that are decoded once into the
 first-level cache; both give the same bits.
 """
 
@@ -15,17 +15,14 @@ from tvm.script import tirx as T
 
 from dsv4c.ir.dtypes import DType
 
-from .ahead import asking, load_asking
+from .ahead import ask, asking, load_asking
 from .packing import Packing
-from .pairs import fold, folds, pairs
-from .product import ROWS, by_row_scales, load, parts_of, store, sums
+from .pairs import fold, folds, in_chains, pairs
+from .product import ROWS, by_row_scales, in_groups, load, parts_of, store, sums, whole_tiles
 from .vec import LANES, ramp, splat, zeros
 
 STRIP = 128
 """Most columns of a panel that are decoded at a time: 16 KiB for 64 rows."""
-FEW = 2
-"""Rows of a last tile that are not worth a whole one."""
-
 DOT = """
 define <16 x float> @dsv4c_dot(<16 x float> %sum, <16 x i32> %a, <16 x i32> %b) {
   %x = bitcast <16 x i32> %a to <32 x bfloat>
@@ -51,10 +48,10 @@ def dot_product(p: Packing, k: int, width: int):
     """
     vecs, group = width // LANES, p.per_word
     words, blocks = p.words(k), p.blocks(k)
-    folded = p.scale is None or folds(p)  # one sum for all columns
+    folded = p.scale is None or (folds(p) and not in_chains(p))  # one sum for all columns
     block = p.block if p.scale else k  # columns that share scales
     in_place = p.code is DType.BF16
-    strip = k if in_place else STRIP if folded and block < STRIP else min(block, STRIP)
+    strip = STRIP if folded and block < STRIP else min(block, STRIP)
 
     def scale_at(panel, column, v):
         return (panel * blocks + column // block) * width + v * LANES
@@ -62,7 +59,7 @@ def dot_product(p: Packing, k: int, width: int):
     def pairs_of(W, S, panel, first, columns, take):
         """`take(i, vec, weights)` for the pairs of columns from `first` on, which share their scales."""
         scales = [None] * vecs
-        if folds(p):
+        if folded and p.scale is not None:
             scales = [T.bind(fold(p, S, scale_at(panel, first, v))) for v in range(vecs)]
 
         def of_word(word, count):
@@ -77,29 +74,35 @@ def dot_product(p: Packing, k: int, width: int):
         if columns % group:
             of_word(columns // group, columns % group)
 
-    def direct(out, X, W, S, at, panel, row):
-        start, total = T.bind(at(row)), sums(vecs)
+    def direct(out, X, W, S, starts, panel, row):
+        """The rows that begin at `starts`, straight from the stored codes."""
+        totals = [sums(vecs) for _ in starts]
 
         def one_block(first, columns):
-            part = total if folded else sums(vecs)
-            from_ = T.bind(start + first // 2)
-            pairs_of(
-                W, S, panel, first, columns,
-                lambda i, v, weights: store(part, v, dot(load(part, v), weights, X[from_ + i])),
-            )  # fmt: skip
+            parts = totals if folded else [sums(vecs) for _ in starts]
+            places = [T.bind(start + first // 2) for start in starts]
+
+            def add(i, v, weights):
+                weights = T.bind(weights)
+                for part, place in zip(parts, places, strict=True):
+                    store(part, v, dot(load(part, v), weights, X[place + i]))
+
+            pairs_of(W, S, panel, first, columns, add)
             for v in range(vecs if not folded else 0):
-                scale = p.block_scale(S, scale_at(panel, first, v))
-                store(total, v, load(total, v) + load(part, v) * scale)
+                scale = T.bind(p.block_scale(S, scale_at(panel, first, v)))
+                for total, part in zip(totals, parts, strict=True):
+                    store(total, v, load(total, v) + load(part, v) * scale)
 
         parts_of(k, block, one_block)
-        for v in range(vecs):
-            store(out, row * vecs + v, load(total, v))
+        for r, total in enumerate(totals):
+            for v in range(vecs):
+                store(out, (row + r) * vecs + v, load(total, v))
 
-    def tile(out, X, weights, S, at, panel, first, columns, row, height, rows):
-        """`height` rows from `row` by columns from `first`; beyond the last row the last one is repeated."""
-        starts = [T.bind(at(T.min(row + r, rows - 1)) + first // 2) for r in range(height)]
-        parts = [sums(vecs) for _ in range(height)]
-        each = [(r, v) for r in range(height) for v in range(vecs)]
+    def tile(out, X, weights, S, at, panel, first, columns, row, rows):
+        """A tile's rows from `row` on by columns from `first`; beyond the last row that one is repeated."""
+        starts = [T.bind(at(T.min(row + r, rows - 1)) + first // 2) for r in range(ROWS)]
+        parts = [sums(vecs) for _ in starts]
+        each = [(r, v) for r in range(ROWS) for v in range(vecs)]
         for r, v in each if folded else []:
             store(parts[r], v, load(out, (row + r) * vecs + v))
         with T.serial(0, columns // 2) as c:
@@ -112,22 +115,24 @@ def dot_product(p: Packing, k: int, width: int):
                 total = load(out, place) + total * p.block_scale(S, scale_at(panel, first, v))
             store(out, place, total)
 
-    def tiles(out, X, weights, S, at, panel, first, columns, rows):
-        given = (out, X, weights, S, at, panel, first, columns)
-        with T.serial(0, rows // ROWS) as i:
-            tile(*given, i * ROWS, ROWS, rows)
-        rest = T.bind(rows % ROWS)
-        with T.If(rest > FEW):
-            with T.Then():
-                tile(*given, rows - rest, ROWS, rows)
-            with T.Else(), T.serial(0, rest) as i:
-                tile(*given, rows - rest + i, 1, rows)
+    def tiles(out, X, weights, S, at, panel, first, columns, rows, whole):
+        with T.serial(0, whole // ROWS) as i:
+            tile(out, X, weights, S, at, panel, first, columns, i * ROWS, rows)
 
-    def shared(out, X, W, S, at, rows, panel):
-        with T.serial(0, (rows + ROWS - 1) // ROWS * ROWS * vecs) as i:
+    def strip_in_place(out, X, W, S, at, panel, first, columns, rows, whole):
+        """Numbers as they are stored; the next strip is requested meanwhile."""
+        word = T.bind(panel * words + first // 2)
+        with T.serial(0, columns // 2 * vecs) as line:
+            ask(W, ((word + strip // 2) * width + line * LANES) * 2)
+        tiles(out, X, lambda c, v: p.load(W, word + c, v, width), S, at, panel, first, columns, rows, whole)
+
+    def shared(out, X, W, S, at, rows, whole, panel):
+        """Whole tiles, which share what is decoded."""
+        with T.serial(0, whole * vecs) as i:
             store(out, i, zeros())
         if in_place:
-            tiles(out, X, lambda c, v: p.load(W, panel * words + c, v, width), S, at, panel, 0, k, rows)
+            given = (out, X, W, S, at, panel)
+            parts_of(k, strip, lambda first, columns: strip_in_place(*given, first, columns, rows, whole))
             return
         scratch = T.alloc_buffer((strip // 2 * width,), "uint32")
 
@@ -142,17 +147,17 @@ def dot_product(p: Packing, k: int, width: int):
                 )  # fmt: skip
 
             parts_of(columns, min(block, strip), one_block)
-            tiles(out, X, lambda c, v: scratch[place(c, v)[0]], S, at, panel, first, columns, rows)
+            given = (S, at, panel, first, columns, rows, whole)
+            tiles(out, X, lambda c, v: scratch[place(c, v)[0]], *given)
 
         parts_of(k, strip, one_strip)
 
     def product(out, X, W, S, R, at, rows, panel, *_):
         with T.attr(T.int32(0), "pragma_import_llvm", DOT), asking():
-            with T.If(rows <= p.tuning.few):
-                with T.Then(), T.serial(0, rows) as r:
-                    direct(out, X, W, S, at, panel, r)
-                with T.Else():
-                    shared(out, X, W, S, at, rows, panel)
+            whole = whole_tiles(rows, p.tuning.few)
+            with T.If(whole > 0), T.Then():
+                shared(out, X, W, S, at, rows, whole, panel)
+            in_groups(whole, rows, at, lambda starts, row: direct(out, X, W, S, starts, panel, row))
             by_row_scales(p, out, R, rows, panel, width)
 
     return product

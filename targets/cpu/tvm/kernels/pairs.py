@@ -150,6 +150,12 @@ def _look_up_words(p: Packing, word, scale):
     """
     bits = _bits(p, _values(p), scale)
     low, high = (T.bind(_bytes_of(part, word)) for part in (bits & 0xFF, bits >> 8))
+    if scale is None:
+        high = T.bind(T.bitwise_or(high, T.bitwise_and(word, splat_u32(0x80808080))))
+        return [
+            T.bitwise_or(_halves_left(high, 8), T.bitwise_and(low, splat_u32(0x00FF00FF))),
+            T.bitwise_or(_halves_right(low, 8), T.bitwise_and(high, splat_u32(0xFF00FF00))),
+        ]
     even = T.bitwise_or(_halves_left(high, 8), T.bitwise_and(low, splat_u32(0x00FF00FF)))
     odd = T.bitwise_or(_halves_right(low, 8), T.bitwise_and(high, splat_u32(0xFF00FF00)))
     signs = _halves_left(word, 8), word
@@ -170,7 +176,7 @@ define <16 x i32> @dsv4c_low_bytes(<16 x i32> %high, <16 x i32> %low) {
 
 def in_chains(p: Packing) -> bool:
     """Whether `chains` knows the codes, and the machine its instructions."""
-    return p.code in _E4M3 and p.simd is Simd.AMX and (p.scale is None or by_exponent(p))
+    return p.code in _E4M3 and p.simd in (Simd.AMX, Simd.AVX512_BF16) and (p.scale is None or by_exponent(p))
 
 
 def chains(p: Packing, word):

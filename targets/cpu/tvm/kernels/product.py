@@ -1,7 +1,7 @@
 """The inner part of every matrix product: some rows of X by one panel of a stored matrix.
 
 Owns the order of summation: columns in steps of `Packing.step`; each step is summed in ascending order, its
-scale applied, and added to the row's sum. One row decodes straight into its sum; more rows share a step
+scale applied, and added to the row's sum. A few rows decode straight into their sums; more share a step
 that is decoded once into a scratch in the first-level cache. Both give the same bits.
 
 Accumulators must be buffers of the default scope below 1 KiB, read at constant places: only those become
@@ -21,8 +21,13 @@ from .vec import LANES, ramp, splat, zeros
 
 ROWS = 6
 """Rows of a register tile: 6 rows x 4 vectors of accumulators leave room in 32 registers."""
+DIRECT = 8
+"""Rows up to which numbers go straight from memory into products; with 8, decoding first takes 1.3 to 2 times
+as long (AMD Zen 4, weights from memory)."""
+TOGETHER = 4
+"""Of these, rows that share what is decoded."""
 FEW = 2
-"""Rows of a last tile that are not worth a whole one: a row alone waits for its sums as long as two take."""
+"""Rows of a last tile that are not worth a whole one."""
 CHUNK = 16 * ROWS
 """Rows that share one decoding of a panel."""
 
@@ -45,7 +50,6 @@ def panel_product(p: Packing, k: int, width: int):
     vecs, group, step = width // LANES, p.per_word, p.step
     words, per_step, blocks = p.words(k), step // group, p.blocks(k)
     together = vecs if p.wide else 1  # vectors of a register tile
-    few = 3 if p.plain else 1  # rows that are not worth a scratch
     in_place = p.code is DType.F32  # nothing to decode, so nothing to share
 
     def scaled(total, part, S, panel, s, vec):
@@ -63,46 +67,52 @@ def panel_product(p: Packing, k: int, width: int):
         if k % step:
             body(k // step, k % step)
 
-    def add_words(part, X, W, word, x_at, columns):
-        """The first `columns` of the words of 16 rows by X, in ascending order."""
+    def add_words(parts, X, W, word, places, columns):
+        """The first `columns` of the words of 16 rows by rows of X from `places` on, in ascending order."""
         for v in range(vecs):
-            total, lanes = load(part, v), load_asking(p, W, word, v, width)
+            totals, lanes = [load(part, v) for part in parts], load_asking(p, W, word, v, width)
             for j in range(columns):
-                total = total + p.decode(lanes, j) * splat(X[x_at + j])
-            store(part, v, total)
+                number = T.bind(p.decode(lanes, j))
+                totals = [total + number * splat(X[at + j]) for total, at in zip(totals, places, strict=True)]
+            for part, total in zip(parts, totals, strict=True):
+                store(part, v, total)
 
-    def direct(out, X, W, S, x_at, panel, row):
-        total, part = sums(vecs), sums(vecs)
+    def direct(out, X, W, S, starts, panel, row):
+        """The rows that begin at `starts`, straight from the stored codes."""
+        totals, parts = ([sums(vecs) for _ in starts] for _ in range(2))
 
         def one_step(s, columns):
-            word, x_from = panel * words + s * per_step, x_at + s * step
-            for v in range(vecs):
-                store(part, v, zeros())
+            word, places = panel * words + s * per_step, [start + s * step for start in starts]
+            for part in parts:
+                for v in range(vecs):
+                    store(part, v, zeros())
             if columns >= group:
                 with T.serial(0, columns // group) as g:
-                    add_words(part, X, W, word + g, x_from + g * group, group)
+                    add_words(parts, X, W, word + g, [at + g * group for at in places], group)
             if rest := columns % group:
-                add_words(part, X, W, word + columns // group, x_from + columns - rest, rest)
-            for v in range(vecs):
-                store(total, v, scaled(load(total, v), load(part, v), S, panel, s, v))
+                add_words(parts, X, W, word + columns // group, [at + columns - rest for at in places], rest)
+            for total, part in zip(totals, parts, strict=True):
+                for v in range(vecs):
+                    store(total, v, scaled(load(total, v), load(part, v), S, panel, s, v))
 
         for_each_step(one_step)
-        for v in range(vecs):
-            store(out, row * vecs + v, load(total, v))
+        for r, total in enumerate(totals):
+            for v in range(vecs):
+                store(out, (row + r) * vecs + v, load(total, v))
 
-    def tile(out, X, values, value_at, S, at, rows, first, columns, panel, s, height, together, soon):
-        """`height` rows from `first` by the columns of step s, whose numbers start at values[value_at].
+    def tile(out, X, values, value_at, S, at, rows, first, columns, panel, s, soon):
+        """A tile's rows from `first` on by the columns of step s, whose numbers start at values[value_at].
 
         Beyond the last row that one is repeated. Where numbers are not decoded, lines of the next step, which
         `soon` places, are requested meanwhile, and those rows' next columns.
         """
-        starts = [T.bind(at(T.min(first + r, rows - 1)) + s * step) for r in range(height)]
+        starts = [T.bind(at(T.min(first + r, rows - 1)) + s * step) for r in range(ROWS)]
         if soon is not None:
             for start in starts:
                 for line in range(step // LANES):
                     ask(X, start + step + line * LANES)
         with T.serial(0, vecs // together) as q:
-            parts = [sums(together) for _ in range(height)]
+            parts = [sums(together) for _ in starts]
             with T.serial(0, columns) as c:
                 if soon is not None:
                     ask(values, soon + c * width)
@@ -116,12 +126,11 @@ def panel_product(p: Packing, k: int, width: int):
                     place = (first + r) * vecs + vec
                     store(out, place, scaled(load(out, place), load(part, v), S, panel, s, vec))
 
-    def shared(out, X, W, S, at, rows, panel, following):
+    def shared(out, X, W, S, at, rows, whole, panel, following):
+        """Whole tiles, which share what is decoded."""
         scratch = None if in_place else T.alloc_buffer((step * width,), "float32")
-        with T.serial(0, (rows + (ROWS - 1)) // ROWS * ROWS * vecs) as i:
+        with T.serial(0, whole * vecs) as i:
             store(out, i, zeros())
-        rest = T.bind(rows % ROWS)
-        whole = T.bind(T.if_then_else(rest > FEW, rows + (ROWS - rest), rows - rest))
 
         def one_step(s, columns):
             word = panel * words + s * per_step
@@ -140,18 +149,16 @@ def panel_product(p: Packing, k: int, width: int):
                 soon = T.bind(soon * width)
             with T.serial(0, whole // ROWS) as i:
                 line = None if soon is None else soon + i % vecs * LANES
-                tile(*given, i * ROWS, columns, panel, s, ROWS, together, line)
-            with T.serial(0, T.max(rows - whole, 0)) as i:
-                tile(*given, whole + i, columns, panel, s, 1, vecs, None)
+                tile(*given, i * ROWS, columns, panel, s, line)
 
         for_each_step(one_step)
 
     def product(out, X, W, S, R, at, rows, panel, _, following):
-        with asking(), T.If(rows <= few):
-            with T.Then(), T.serial(0, rows) as r:
-                direct(out, X, W, S, at(r), panel, r)
-            with T.Else():
-                shared(out, X, W, S, at, rows, panel, following)
+        with asking():
+            whole = whole_tiles(rows, DIRECT)
+            with T.If(whole > 0), T.Then():
+                shared(out, X, W, S, at, rows, whole, panel, following)
+            in_groups(whole, rows, at, lambda starts, row: direct(out, X, W, S, starts, panel, row))
         by_row_scales(p, out, R, rows, panel, width)
 
     return product
@@ -165,6 +172,30 @@ def by_row_scales(p: Packing, out, R, rows, panel, width: int) -> None:
         with T.serial(0, rows) as r:
             for v, scale in enumerate(scales):
                 store(out, r * vecs + v, load(out, r * vecs + v) * scale)
+
+
+def whole_tiles(rows, few: int, height: int = ROWS):
+    """Of some rows, those that tiles of `height` take: none of up to `few`, else all but up to `FEW`."""
+    rest = T.bind(rows % height)
+    whole = T.if_then_else(rest > FEW, rows + (height - rest), rows - rest)
+    return T.bind(T.if_then_else(rows > few, whole, T.int64(0)))
+
+
+def in_groups(first, rows, at, body, together: int = TOGETHER) -> None:
+    """`body(starts, row)` for the rows from `first` on, in groups of `together`, two and one.
+
+    Row r starts at at(r).
+    """
+
+    def group(row, height):
+        body([T.bind(at(row + r)) for r in range(height)], row)
+
+    left = T.bind(T.max(rows - first, 0))
+    with T.serial(0, left // together) as i:
+        group(T.bind(first + i * together), together)
+    for height in (n for n in (2, 1) if n < together):
+        with T.If(left % (2 * height) >= height), T.Then():
+            group(T.bind(first + left // (2 * height) * (2 * height)), height)
 
 
 def parts_of(columns: int, size: int, body) -> None:
