@@ -35,6 +35,8 @@ from dsv4c.targets import TARGETS
 HERE = Path(__file__).parent
 RIVALS = HERE.parent / "build" / "rivals-env" / "bin" / "python"
 CONTEXT = 1024
+MOST = 0.95
+"""Of physical memory, what the programs of a group and their files may fill."""
 SPEEDS = ("prefill", "decode", "batch")
 COSTS = ("storage", "numerics", "token_bytes", "prompt_tokens", "prompt_flops")
 REFERENCE = "transformers float32"
@@ -113,8 +115,10 @@ def start(
     workers, gguf = [], None
     forget(list(Path(options.dir).iterdir()))  # room for this group's
     if options.rivals:
-        workers += [transformers(how, checkpoint, options) for how in heats(group, checkpoint, options)]
         gguf = make_gguf(checkpoint, Path(options.dir), group.gguf, str(RIVALS))
+        mapped = sum(Path(path).stat().st_size for path in (*given, gguf))
+        hows = heats(group, checkpoint, options, physical_memory() * MOST - mapped)
+        workers += [transformers(how, checkpoint, options) for how in hows]
         forget([checkpoint])
     files = placed([*([str(gguf)] if gguf else []), *given], threads)
     if gguf:
@@ -129,23 +133,31 @@ def transformers(how: str, checkpoint: Path, options: argparse.Namespace) -> Wor
     return Worker(f"transformers {how}", "worker_transformers.py", *given, threads=options.threads)
 
 
-def heats(group: Group, checkpoint: Path, options: argparse.Namespace) -> list[str]:
+def heats(group: Group, checkpoint: Path, options: argparse.Namespace, room: float) -> list[str]:
     """Which implementations run in the rounds: the fastest in a prompt and the fastest in tokens, mostly one.
 
-    All of them at once beside the rest do not fit into memory, and pages would come from disk.
+    Where both do not fit into `room` bytes, the fastest in a prompt alone: pages would come from disk.
     """
     if len(group.transformers) < 2:
         return list(group.transformers)
     found: dict[str, tuple[float, float]] = {}
+    peaks: dict[str, float] = {}
     for how in group.transformers:
         worker = transformers(how, checkpoint, options)
         worker.measure("prefill", options.prefill)
         prompt = worker.measure("prefill", options.prefill)["seconds"]
-        found[how] = (prompt, worker.measure("decode", options.batch)["seconds"] / options.batch)
+        tokens = worker.measure("decode", options.batch)
+        found[how], peaks[how] = (prompt, tokens["seconds"] / options.batch), tokens["peak_bytes"]
         worker.close()
     print(f"{group.name}: seconds of a prompt, of a token: {found}", file=sys.stderr, flush=True)
-    best = {min(found, key=lambda how: found[how][i]) for i in range(2)}
+    best = [min(found, key=lambda how: found[how][i]) for i in range(2)]
+    if sum(peaks[how] for how in set(best)) > room:
+        del best[1]
     return [how for how in group.transformers if how in best]
+
+
+def physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def llama(kind: str, path: Path, options: argparse.Namespace) -> Worker:

@@ -32,7 +32,7 @@ ARCHS = (
     Arch("x86-64-v2", {"mcpu": "x86-64-v2"}, _V2),
     Arch("aarch64", {"mtriple": "aarch64-linux-gnu", "mcpu": "generic"}, (), "aarch64"),
 )
-"""The psABI levels, the fourth with dot products (Zen 4, Cooper Lake and later) and with tile registers
+"""The psABI levels, the fourth with dot products and byte look-ups (Zen 4 and later) and with tile registers
 (Sapphire Rapids and later), and generic 64-bit ARM. An artifact runs on every machine that has its arch's
 features; the best stand first, and of an artifact for several a machine takes the first that it has."""
 

@@ -98,14 +98,18 @@ def dot_product(p: Packing, k: int, width: int):
             for v in range(vecs):
                 store(out, (row + r) * vecs + v, load(total, v))
 
-    def tile(out, X, weights, S, at, panel, first, columns, row, rows):
-        """A tile's rows from `row` on by columns from `first`; beyond the last row that one is repeated."""
+    def tile(out, X, weights, S, at, panel, first, columns, row, rows, soon):
+        """A tile's rows from `row` on by columns from `first`; beyond the last row that one is repeated.
+
+        `soon(c)` is called for every pair of columns.
+        """
         starts = [T.bind(at(T.min(row + r, rows - 1)) + first // 2) for r in range(ROWS)]
         parts = [sums(vecs) for _ in starts]
         each = [(r, v) for r in range(ROWS) for v in range(vecs)]
         for r, v in each if folded else []:
             store(parts[r], v, load(out, (row + r) * vecs + v))
         with T.serial(0, columns // 2) as c:
+            soon(c)
             for v in range(vecs):
                 for start, part in zip(starts, parts, strict=True):
                     store(part, v, dot(load(part, v), weights(c, v), X[start + c]))
@@ -115,24 +119,32 @@ def dot_product(p: Packing, k: int, width: int):
                 total = load(out, place) + total * p.block_scale(S, scale_at(panel, first, v))
             store(out, place, total)
 
-    def tiles(out, X, weights, S, at, panel, first, columns, rows, whole):
+    def tiles(out, X, weights, S, at, panel, first, columns, rows, whole, soon=lambda i, c: None):
         with T.serial(0, whole // ROWS) as i:
-            tile(out, X, weights, S, at, panel, first, columns, i * ROWS, rows)
+            given = (first, columns, i * ROWS, rows, lambda c: soon(i, c))
+            tile(out, X, weights, S, at, panel, *given)
 
-    def strip_in_place(out, X, W, S, at, panel, first, columns, rows, whole):
-        """Numbers as they are stored; the next strip is requested meanwhile."""
+    def strip_in_place(out, X, W, S, at, panel, first, columns, rows, whole, following):
+        """Numbers as they are stored; lines of the next strip, of this panel or the next, are requested."""
         word = T.bind(panel * words + first // 2)
-        with T.serial(0, columns // 2 * vecs) as line:
-            ask(W, ((word + strip // 2) * width + line * LANES) * 2)
-        tiles(out, X, lambda c, v: p.load(W, word + c, v, width), S, at, panel, first, columns, rows, whole)
+        after = T.bind(T.if_then_else(first + columns < k, word + columns // 2, following * words))
 
-    def shared(out, X, W, S, at, rows, whole, panel):
+        def weights(c, v):
+            return p.load(W, word + c, v, width)
+
+        def soon(i, c):
+            ask(W, ((after + c) * width + i % vecs * LANES) * 2)
+
+        tiles(out, X, weights, S, at, panel, first, columns, rows, whole, soon)
+
+    def shared(out, X, W, S, at, rows, whole, panel, following):
         """Whole tiles, which share what is decoded."""
         with T.serial(0, whole * vecs) as i:
             store(out, i, zeros())
         if in_place:
             given = (out, X, W, S, at, panel)
-            parts_of(k, strip, lambda first, columns: strip_in_place(*given, first, columns, rows, whole))
+            more = (rows, whole, following)
+            parts_of(k, strip, lambda first, columns: strip_in_place(*given, first, columns, *more))
             return
         scratch = T.alloc_buffer((strip // 2 * width,), "uint32")
 
@@ -152,11 +164,11 @@ def dot_product(p: Packing, k: int, width: int):
 
         parts_of(k, strip, one_strip)
 
-    def product(out, X, W, S, R, at, rows, panel, *_):
+    def product(out, X, W, S, R, at, rows, panel, _, following):
         with T.attr(T.int32(0), "pragma_import_llvm", DOT), asking():
             whole = whole_tiles(rows, p.tuning.few)
             with T.If(whole > 0), T.Then():
-                shared(out, X, W, S, at, rows, whole, panel)
+                shared(out, X, W, S, at, rows, whole, panel, following)
             in_groups(whole, rows, at, lambda starts, row: direct(out, X, W, S, starts, panel, row))
             by_row_scales(p, out, R, rows, panel, width)
 

@@ -22,8 +22,8 @@ from .vec import LANES, ramp, splat, zeros
 ROWS = 6
 """Rows of a register tile: 6 rows x 4 vectors of accumulators leave room in 32 registers."""
 DIRECT = 8
-"""Rows up to which numbers go straight from memory into products; with 8, decoding first takes 1.3 to 2 times
-as long (AMD Zen 4, weights from memory)."""
+"""Rows up to which numbers go straight from memory into products, where there are 32 wide registers; with 8,
+decoding first takes 1.3 to 2 times as long (AMD Zen 4, weights from memory)."""
 TOGETHER = 4
 """Of these, rows that share what is decoded."""
 FEW = 2
@@ -50,6 +50,7 @@ def panel_product(p: Packing, k: int, width: int):
     vecs, group, step = width // LANES, p.per_word, p.step
     words, per_step, blocks = p.words(k), step // group, p.blocks(k)
     together = vecs if p.wide else 1  # vectors of a register tile
+    few, group_of = (DIRECT, TOGETHER) if p.wide else (3 if p.plain else 1, 1)
     in_place = p.code is DType.F32  # nothing to decode, so nothing to share
 
     def scaled(total, part, S, panel, s, vec):
@@ -155,10 +156,10 @@ def panel_product(p: Packing, k: int, width: int):
 
     def product(out, X, W, S, R, at, rows, panel, _, following):
         with asking():
-            whole = whole_tiles(rows, DIRECT)
+            whole = whole_tiles(rows, few)
             with T.If(whole > 0), T.Then():
                 shared(out, X, W, S, at, rows, whole, panel, following)
-            in_groups(whole, rows, at, lambda starts, row: direct(out, X, W, S, starts, panel, row))
+            in_groups(whole, rows, at, lambda starts, row: direct(out, X, W, S, starts, panel, row), group_of)
         by_row_scales(p, out, R, rows, panel, width)
 
     return product
