@@ -3,9 +3,9 @@
 For machines with AVX-512 BF16. Rows of X come as BF16, weights become pairs of neighbouring columns in
 registers. The instruction adds a pair's two products to an FP32 sum one after the other, rounding to nearest
 even, and takes subnormal BF16 numbers for zero (Intel SDM, VDPBF16PS). Pairs are summed in ascending order;
-where a scale cannot be multiplied into BF16 numbers exactly, its block has a sum of its own that is scaled
-and added. A few rows decode straight into their sums, more share pairs that are decoded once into the
-first-level cache; both give the same bits.
+where a scale cannot be multiplied into BF16 numbers exactly, or costs more there, its block has a sum of its
+own that is scaled and added. A few rows decode straight into their sums, more share pairs that are decoded
+once into the first-level cache; both give the same bits.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, valid-type, misc"
@@ -17,7 +17,7 @@ from dsv4c.ir.dtypes import DType
 
 from .ahead import ask, asking, load_asking
 from .packing import Packing
-from .pairs import fold, folds, in_chains, pairs
+from .pairs import by_words, fold, folds, pairs
 from .product import ROWS, by_row_scales, in_groups, load, parts_of, store, sums, whole_tiles
 from .vec import LANES, ramp, splat, zeros
 
@@ -48,7 +48,7 @@ def dot_product(p: Packing, k: int, width: int):
     """
     vecs, group = width // LANES, p.per_word
     words, blocks = p.words(k), p.blocks(k)
-    folded = p.scale is None or (folds(p) and not in_chains(p))  # one sum for all columns
+    folded = p.scale is None or (folds(p) and not by_words(p))  # one sum for all columns
     block = p.block if p.scale else k  # columns that share scales
     in_place = p.code is DType.BF16
     strip = STRIP if folded and block < STRIP else min(block, STRIP)

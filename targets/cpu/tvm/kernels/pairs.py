@@ -3,7 +3,7 @@
 A lane holds two neighbouring columns of one row, the even one low; `lane_words` puts their codes so that one
 shift serves both halves. Codes of 4 bits and E4M3 are looked up, others pass through float32. Scales that are
 powers of two are taken off the exponents of numbers that the tables hold as large as they can be: saturating
-subtraction leaves zero alone. Needs AVX-512 BW.
+subtraction leaves zero alone. Needs AVX-512 BW, and `by_words` AVX-512 VBMI.
 """
 
 # TIR expressions have no static types.
@@ -55,7 +55,7 @@ def pairs(p: Packing, word, scale, columns: int):
 
     `scale` from `fold`; None without, or where sums are scaled instead.
     """
-    if in_chains(p):
+    if by_words(p):
         return _look_up_words(p, word, scale)[: columns // 2]
     return [_pair(p, word, i, scale) for i in range(columns // 2)]
 
@@ -174,8 +174,8 @@ define <16 x i32> @dsv4c_low_bytes(<16 x i32> %high, <16 x i32> %low) {
 """In each half the lower byte of the first over the upper byte of the second: LLVM would look bytes up."""
 
 
-def in_chains(p: Packing) -> bool:
-    """Whether `chains` knows the codes, and the machine its instructions."""
+def by_words(p: Packing) -> bool:
+    """Whether the codes of a word are looked up at once, by their bytes; scales can then wait for a sum."""
     return p.code in _E4M3 and p.simd in (Simd.AMX, Simd.AVX512_BF16) and (p.scale is None or by_exponent(p))
 
 

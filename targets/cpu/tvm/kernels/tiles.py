@@ -26,7 +26,7 @@ from .ahead import asking, load_asking
 from .amx import COLUMNS, HIGH, LINE, Block, library
 from .dot import DOT, dot
 from .packing import Packing, Simd
-from .pairs import CHAINS, by_exponent, chains, fold, folds, in_chains, pairs, whole_scale
+from .pairs import CHAINS, by_exponent, by_words, chains, fold, folds, pairs, whole_scale
 from .product import by_row_scales, load, parts_of, store, sums
 from .vec import LANES, ramp, splat, splat_u32, zeros
 
@@ -83,7 +83,7 @@ class _TileProduct:
         self.padded = (k + COLUMNS - 1) // COLUMNS * COLUMNS  # columns up to the end of the last tile
         self.strip = min(IN_PLACE if self.in_place else p.tuning.strip, self.padded)
         self.single, self.double = Block(1, self.vecs, p.pieces), Block(2, 2)
-        self.in_chains = in_chains(p)
+        self.in_chains = by_words(p)
         self.in_twos = p.pieces == 1 and self.vecs % 2 == 0
         self.blocks = frozenset({self.single, self.double} if self.in_twos else {self.single})
 
