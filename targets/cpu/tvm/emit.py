@@ -223,7 +223,8 @@ _NEEDLESS = (
     "s_tir.CompactBufferAllocation", "s_tir.HoistIfThenElse", "s_tir.RenormalizeSplitPattern",
     "s_tir.StmtSimplify", "tirx.RemoveNoOp",
 )  # fmt: skip
-"""Passes of TVM's that take more than half the time and leave the machine code of these kernels as it is."""
+"""Passes of TVM's that take more than half of a product's time to compile and have nothing to do here: single
+products come out the same byte for byte; code of a whole model is 0.2 % larger."""
 
 
 def machine_code(module: Any, cpu: dict[str, Any]) -> Any:
